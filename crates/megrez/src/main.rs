@@ -1,0 +1,2 @@
+//! The megrez command.
+fn main() {}

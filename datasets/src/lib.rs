@@ -1,0 +1,1 @@
+//! Loaders of public benchmarks and generators of the synthetic tasks behind the nano checkpoints.
