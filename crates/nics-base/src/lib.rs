@@ -1,1 +1,35 @@
-//! What every nics crate shares and needs no tensors: artefacts, result rows, reports, shards, hub access, command-line pieces.
+//! What every nics crate shares and needs no tensors: artefacts, result rows, reports, shards, hub access,
+//! command-line pieces.
+//!
+//! | module | what it gives |
+//! |---|---|
+//! | [`artefact`] | files and folders that appear whole or not at all |
+//! | [`hash`] | content hashes of files, folders and values |
+//! | [`jsonl`] | append-only JSON Lines that survive `kill -9` |
+//! | [`shard`] | `--shard i/n`, shard file names, merging |
+//! | [`exit`] | exit codes and the errors that ask for one |
+//! | [`row`], [`ci`], [`report`] | result rows, their confidence intervals, Markdown and HTML from rows alone |
+//! | [`interrupt`] | a flag that SIGINT and SIGTERM set |
+//! | [`hub`] | Hugging Face hub ids to local folders |
+//! | `progress`, `cli` | bars, flag groups and the edge of `main` (feature `cli`) |
+//!
+//! This crate never depends on libtorch: `xtask` and servers without a model build on it.
+
+pub mod artefact;
+pub mod ci;
+mod error;
+pub mod exit;
+pub mod hash;
+pub mod hub;
+pub mod interrupt;
+pub mod jsonl;
+pub mod report;
+pub mod row;
+pub mod shard;
+
+#[cfg(feature = "cli")]
+pub mod cli;
+#[cfg(feature = "cli")]
+pub mod progress;
+
+pub use error::{Error, Result};
