@@ -1,0 +1,268 @@
+//! Checkpoints in the Hugging Face layout: `config.json`, `model.safetensors` or shards with their index, and the files
+//! beside them. Weights are mapped into memory and converted as they are read.
+//!
+//! Nothing in a checkpoint is trusted: sizes are bounded, headers and indices are held against the files, names stay
+//! inside the folder, and every way in which a checkpoint can be wrong is a [`CheckpointError`] of its own.
+//!
+//! ```no_run
+//! use nics_core::checkpoint::Checkpoint;
+//! # fn main() -> Result<(), nics_core::checkpoint::CheckpointError> {
+//! let checkpoint = Checkpoint::open("datasets/nano/megrez-text")?;
+//! let root = checkpoint.root(tch::Device::Cpu, tch::Kind::Float);
+//! let norm = root.at("model.norm").tensor("weight", &[128])?;
+//! # Ok(()) }
+//! ```
+
+mod error;
+mod files;
+mod hash;
+mod header;
+mod index;
+mod path;
+mod save;
+mod source;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use safetensors::Dtype;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+pub use error::CheckpointError;
+pub use path::{TensorPath, Transform};
+pub use save::{DEFAULT_SHARD_BYTES, save};
+
+pub(crate) use files::read_object;
+
+use files::WeightFiles;
+use index::Index;
+
+/// Longest JSON configuration that is read.
+pub(crate) const MAX_CONFIG: u64 = 4 << 20;
+
+/// A checkpoint in the Hugging Face layout, mapped into memory.
+///
+/// Opening reads the configuration, the index and the headers; weights are touched when they are asked for.
+pub struct Checkpoint {
+    name: String,
+    dir: PathBuf,
+    config_path: PathBuf,
+    config: Map<String, Value>,
+    weights: Arc<WeightFiles>,
+}
+
+impl Checkpoint {
+    /// Opens a folder, or a model of the hub by its id `org/name[@revision]`.
+    pub fn open(source: &str) -> Result<Self, CheckpointError> {
+        Self::open_dir(Path::new(source))
+    }
+
+    /// Opens a folder.
+    pub fn open_dir(dir: &Path) -> Result<Self, CheckpointError> {
+        if !dir.is_dir() {
+            return Err(CheckpointError::FolderMissing { path: dir.to_owned() });
+        }
+        let config = dir.join("config.json");
+        if !exists(&config) {
+            return Err(CheckpointError::ConfigMissing { dir: dir.to_owned() });
+        }
+        let config_map = read_object(&config, "the configuration", MAX_CONFIG)?;
+        let weights = find_weights(dir)?;
+        let name = dir
+            .canonicalize()
+            .ok()
+            .as_deref()
+            .unwrap_or(dir)
+            .file_name()
+            .map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned());
+        Ok(Self {
+            name,
+            dir: dir.to_owned(),
+            config_path: config,
+            config: config_map,
+            weights: Arc::new(weights),
+        })
+    }
+
+    /// Opens explicit files, for layouts of other names. Files beside the configuration belong to the checkpoint.
+    pub fn open_files(config: &Path, weights: &[PathBuf]) -> Result<Self, CheckpointError> {
+        let config_map = read_object(config, "the configuration", MAX_CONFIG)?;
+        let dir = match config.parent() {
+            Some(parent) if parent != Path::new("") => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        if weights.is_empty() {
+            return Err(CheckpointError::NoWeights { dir });
+        }
+        let weights = Arc::new(WeightFiles::open(weights)?);
+        let name = config.display().to_string();
+        Ok(Self { name, dir, config_path: config.to_owned(), config: config_map, weights })
+    }
+
+    /// A short name: the hub id as given, or the folder's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The folder in which the files lie.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The path of a file of the checkpoint, e.g. `tokenizer.json`.
+    pub fn file(&self, name: &str) -> Result<PathBuf, CheckpointError> {
+        self.try_file(name)?
+            .ok_or_else(|| CheckpointError::FileMissing { dir: self.dir.clone(), name: name.to_owned() })
+    }
+
+    /// As [`file`](Self::file), `None` when the checkpoint does not have it.
+    pub fn try_file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
+        if !index::is_plain(name) {
+            return Err(CheckpointError::FileName { dir: self.dir.clone(), name: name.to_owned() });
+        }
+        let path = self.dir.join(name);
+        Ok(exists(&path).then_some(path))
+    }
+
+    /// `config.json` as `T`. Errors name the field, what was found and what was expected.
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T, CheckpointError> {
+        // The map's own deserialiser would need a copy just the same.
+        let value = Value::Object(self.config.clone());
+        serde_path_to_error::deserialize(value).map_err(|e| self.config_error(&e))
+    }
+
+    /// `config.json` as it is.
+    pub fn config_json(&self) -> &Map<String, Value> {
+        &self.config
+    }
+
+    /// `architectures[0]` of the configuration, e.g. `Qwen2ForCausalLM`.
+    pub fn architecture(&self) -> Result<&str, CheckpointError> {
+        let path = || self.config_path.clone();
+        let field = "architectures".to_owned();
+        match self.config.get("architectures") {
+            None | Some(Value::Null) => Err(CheckpointError::MissingField { path: path(), field }),
+            Some(value) => value.get(0).and_then(Value::as_str).ok_or_else(|| CheckpointError::BadField {
+                path: path(),
+                field,
+                detail: format!("found {value}, expected a list with the name of the model class"),
+            }),
+        }
+    }
+
+    /// `model_type` of the configuration, e.g. `qwen2`.
+    pub fn model_type(&self) -> Option<&str> {
+        self.config.get("model_type").and_then(Value::as_str)
+    }
+
+    /// `generation_config.json`, where there is one.
+    pub fn generation_config(&self) -> Result<Option<Value>, CheckpointError> {
+        let Some(path) = self.try_file("generation_config.json")? else { return Ok(None) };
+        read_object(&path, "the generation configuration", MAX_CONFIG).map(|map| Some(Value::Object(map)))
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.weights.entries().map(|e| e.name.as_str())
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.weights.entry(name).map(|e| e.shape.as_slice())
+    }
+
+    /// The stored dtype of a tensor.
+    pub fn dtype(&self, name: &str) -> Option<Dtype> {
+        self.weights.entry(name).map(|e| e.dtype)
+    }
+
+    /// Hash over the fields of the configuration that describe the architecture (64 hexadecimal digits): without
+    /// quantization, dtypes, versions, token ids and what only training reads.
+    pub fn arch_hash(&self) -> String {
+        hash::arch_hash(&self.config)
+    }
+
+    /// Hash over names, dtypes, shapes and bytes of all tensors (64 hexadecimal digits), independent of the sharding.
+    ///
+    /// Reads all weights.
+    pub fn weights_hash(&self) -> Result<String, CheckpointError> {
+        hash::weights_hash(&self.weights)
+    }
+
+    /// The root of the tensor names, from which a model reads its weights as `kind` onto `device`.
+    ///
+    /// Each root keeps its own account of what was [read](TensorPath::unread).
+    pub fn root(&self, device: tch::Device, kind: tch::Kind) -> TensorPath {
+        TensorPath::files(self.weights.clone(), self.dir.display().to_string(), device, kind)
+    }
+
+    /// Turns a failure inside `config` into an error that names the field.
+    fn config_error(&self, e: &serde_path_to_error::Error<serde_json::Error>) -> CheckpointError {
+        let path = self.config_path.clone();
+        let detail = e.inner().to_string();
+        let at = e.path().to_string();
+        let within = |field: &str| if at == "." { field.to_owned() } else { format!("{at}.{field}") };
+        let missing = detail.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
+        match missing {
+            Some(field) => CheckpointError::MissingField { path, field: within(field) },
+            None => CheckpointError::BadField { path, field: at, detail },
+        }
+    }
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("Checkpoint").field("name", &self.name).field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+/// Whether something is there, broken links included: those must be reported as unreadable, not as absent.
+fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Finds and opens the weights of a folder, in the order of transformers: the single file, then the index.
+fn find_weights(dir: &Path) -> Result<WeightFiles, CheckpointError> {
+    let single = dir.join("model.safetensors");
+    if exists(&single) {
+        return WeightFiles::open(&[single]);
+    }
+    let index_path = dir.join("model.safetensors.index.json");
+    if exists(&index_path) {
+        let index = Index::read(&index_path)?;
+        return open_shards(dir, &index_path, &index);
+    }
+    for pickle in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
+        let path = dir.join(pickle);
+        if exists(&path) {
+            return Err(CheckpointError::PickledWeights { path });
+        }
+    }
+    Err(CheckpointError::NoWeights { dir: dir.to_owned() })
+}
+
+fn open_shards(dir: &Path, index_path: &Path, index: &Index) -> Result<WeightFiles, CheckpointError> {
+    let paths: Vec<PathBuf> = index.shards.iter().map(|shard| dir.join(shard)).collect();
+    if let Some(at) = paths.iter().position(|path| !exists(path)) {
+        return Err(CheckpointError::ShardMissing {
+            index: index_path.to_owned(),
+            shard: header::printable(&index.shards[at]),
+            key: header::printable(index.example(at)),
+        });
+    }
+    if paths.is_empty() {
+        return Err(CheckpointError::NoWeights { dir: dir.to_owned() });
+    }
+    let files = WeightFiles::open(&paths)?;
+    for (key, shard) in &index.keys {
+        if files.path_of(key) != Some(paths[*shard].as_path()) {
+            return Err(CheckpointError::KeyNotInShard {
+                index: index_path.to_owned(),
+                shard: index.shards[*shard].clone(),
+                key: header::printable(key),
+            });
+        }
+    }
+    Ok(files)
+}
