@@ -1,1 +1,33 @@
-//! The shared core of nics over libtorch: checkpoints, tokenizers, model families and the seams that methods plug into.
+//! The shared core of `nics` over libtorch: checkpoints, tokenizers, model families, and the seams that methods plug
+//! into.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`device`] | device, dtype and thread choice; CUDA opened at run time |
+//! | [`checkpoint`] | Hugging Face checkpoints in and out, every error naming file and key |
+//! | [`tokenizer`], [`template`] | tokenizers, incremental decoding, chat templates |
+//! | [`nn`] | building blocks: linear, norms, rotary tables |
+//! | [`seam`] | `Projection`, `KvCache`, `LayerHook`: where methods plug in |
+//! | [`cache`] | the dense ragged cache and the differentiable `NoCache` |
+//! | [`models`] | the decoder families: Llama, Qwen2, Qwen3 |
+//! | [`sampling`], [`generate`] | logits processors and step-wise ragged generation |
+//! | [`train`] | training loop of small models with exact resume |
+//!
+//! No module names a method: a method is a crate that implements a seam.
+
+pub mod cache;
+pub mod checkpoint;
+pub mod device;
+mod error;
+pub mod generate;
+pub mod models;
+pub mod nn;
+pub mod sampling;
+pub mod seam;
+pub mod template;
+pub mod tokenizer;
+pub mod train;
+
+pub use error::{Error, Result};
+pub use nics_base as base;
+pub use tch;

@@ -1,0 +1,565 @@
+//! The decoder of the Llama line: embeddings, layers of attention and gated MLP, final norm, head.
+//!
+//! Reads top to bottom beside transformers' `modeling_llama.py`: [`Attention`] is `LlamaAttention`, [`Mlp`] is
+//! `LlamaMLP`, [`DecoderLayer`], [`Decoder`] is `LlamaForCausalLM` with its `LlamaModel`. Two things differ. Rows of all
+//! sequences are concatenated (`[rows, hidden]`, see [`Ragged`]) instead of padded. And a layer rotates nothing: it hands
+//! unrotated queries and keys with the rotary rows to the [`KvCache`], whose default, [`crate::cache::DenseCache`],
+//! rotates them first ([`crate::nn::Rope::apply`]).
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use tch::Tensor;
+
+use super::{Batch, Input, Model, ModelDims, Output};
+use crate::checkpoint::TensorPath;
+use crate::nn::{Linear, RmsNorm, Rope, RopeConfig, Rotary};
+use crate::seam::{KvCache, LayerHook, Mask, Point, Projection, Ragged, Rows, Site};
+use crate::{Error, Result};
+
+/// What a decoder is built from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Width of the MLP.
+    pub intermediate: i64,
+    /// Layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: i64,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// Rows of the embedding table.
+    pub vocab: i64,
+    /// `max_position_embeddings`, in tokens.
+    pub context: usize,
+    /// Added to the mean square in every norm.
+    pub norm_eps: f64,
+    /// Rotary embeddings.
+    pub rope: RopeConfig,
+    /// Whether the head is the embedding table.
+    pub tied: bool,
+    /// In what the family's layer differs.
+    pub family: Family,
+}
+
+/// In what the layers of the families differ.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Family {
+    /// Biases on q, k, v.
+    pub qkv_bias: bool,
+    /// Bias on o.
+    pub o_bias: bool,
+    /// Biases in the MLP.
+    pub mlp_bias: bool,
+    /// RMS norm over each head of queries and keys.
+    pub qk_norm: bool,
+    /// Sliding window of each layer, in tokens.
+    pub windows: Vec<Option<usize>>,
+}
+
+/// The fields of config.json that the families share, under transformers' names and with its defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct RawConfig {
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: i64,
+    pub num_key_value_heads: Option<i64>,
+    pub head_dim: Option<i64>,
+    pub vocab_size: i64,
+    #[serde(default = "default_context")]
+    pub max_position_embeddings: usize,
+    #[serde(default = "default_eps")]
+    pub rms_norm_eps: f64,
+    #[serde(default = "default_theta")]
+    pub rope_theta: f64,
+    #[serde(alias = "rope_parameters")]
+    pub rope_scaling: Option<Value>,
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    #[serde(default)]
+    pub attention_bias: bool,
+    #[serde(default)]
+    pub mlp_bias: bool,
+    #[serde(default = "default_act")]
+    pub hidden_act: String,
+    pub sliding_window: Option<usize>,
+    #[serde(default)]
+    pub use_sliding_window: bool,
+    #[serde(default = "default_window_layers")]
+    pub max_window_layers: usize,
+    pub layer_types: Option<Vec<String>>,
+}
+
+fn default_context() -> usize {
+    2048
+}
+fn default_eps() -> f64 {
+    1e-6
+}
+fn default_theta() -> f64 {
+    10_000.0
+}
+fn default_act() -> String {
+    "silu".into()
+}
+fn default_window_layers() -> usize {
+    28
+}
+
+impl RawConfig {
+    /// Reads and checks the shared fields.
+    pub fn parse(json: &Map<String, Value>) -> Result<Self> {
+        let mut json = json.clone();
+        // transformers 5 writes `rope_parameters`; a null beside it must not count as a second value.
+        if json.get("rope_parameters").is_some_and(|v| !v.is_null()) {
+            json.remove("rope_scaling");
+        } else {
+            json.remove("rope_parameters");
+        }
+        let raw: Self = serde_json::from_value(Value::Object(json)).map_err(|e| Error::Config(e.to_string()))?;
+        let sizes = [
+            ("hidden_size", raw.hidden_size),
+            ("intermediate_size", raw.intermediate_size),
+            ("num_hidden_layers", raw.num_hidden_layers as i64),
+            ("num_attention_heads", raw.num_attention_heads),
+            ("num_key_value_heads", raw.num_key_value_heads.unwrap_or(raw.num_attention_heads)),
+            ("vocab_size", raw.vocab_size),
+            ("max_position_embeddings", raw.max_position_embeddings as i64),
+        ];
+        if let Some((name, found)) = sizes.into_iter().find(|(_, v)| !(1..=1 << 40).contains(v)) {
+            return Err(Error::Config(format!("`{name}` is {found}, expected a positive number")));
+        }
+        if raw.hidden_act != "silu" {
+            return Err(Error::Config(format!("`hidden_act` is `{}`, only `silu` is known", raw.hidden_act)));
+        }
+        Ok(raw)
+    }
+
+    /// Window of each layer: `layer_types` where given, else every layer from `max_window_layers` on; none at all
+    /// without `use_sliding_window` (transformers' `Qwen2Config`).
+    pub fn windows(&self) -> Result<Vec<Option<usize>>> {
+        let window = self.sliding_window.filter(|_| self.use_sliding_window);
+        if window == Some(0) {
+            return Err(Error::Config("`sliding_window` is 0, expected a positive number".into()));
+        }
+        let Some(types) = &self.layer_types else {
+            return Ok((0..self.num_hidden_layers).map(|i| window.filter(|_| i >= self.max_window_layers)).collect());
+        };
+        if types.len() != self.num_hidden_layers {
+            return Err(Error::Config(format!(
+                "`layer_types` names {} layers, `num_hidden_layers` is {}",
+                types.len(),
+                self.num_hidden_layers
+            )));
+        }
+        types
+            .iter()
+            .map(|t| match t.as_str() {
+                "full_attention" => Ok(None),
+                "sliding_attention" if window.is_some() => Ok(window),
+                "sliding_attention" => Err(Error::Config(
+                    "`layer_types` asks for sliding attention but `sliding_window` or `use_sliding_window` is not set"
+                        .into(),
+                )),
+                other => Err(Error::Config(format!(
+                    "`layer_types` has `{other}`, known are full_attention and sliding_attention"
+                ))),
+            })
+            .collect()
+    }
+
+    /// The decoder of a family.
+    pub fn decoder(&self, family: Family) -> Result<DecoderConfig> {
+        let (heads, kv_heads) =
+            (self.num_attention_heads, self.num_key_value_heads.unwrap_or(self.num_attention_heads));
+        if heads % kv_heads != 0 {
+            return Err(Error::Config(format!(
+                "`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}"
+            )));
+        }
+        if self.head_dim.is_none() && self.hidden_size % heads != 0 {
+            return Err(Error::Config(format!(
+                "`hidden_size` {} is not a multiple of `num_attention_heads` {heads} and `head_dim` is not given",
+                self.hidden_size
+            )));
+        }
+        let head_dim = self.head_dim.unwrap_or(self.hidden_size / heads);
+        let rope =
+            RopeConfig::parse(self.rope_theta, head_dim, self.max_position_embeddings, self.rope_scaling.as_ref())?;
+        Ok(DecoderConfig {
+            hidden: self.hidden_size,
+            intermediate: self.intermediate_size,
+            layers: self.num_hidden_layers,
+            heads,
+            kv_heads,
+            head_dim,
+            vocab: self.vocab_size,
+            context: self.max_position_embeddings,
+            norm_eps: self.rms_norm_eps,
+            rope,
+            tied: self.tie_word_embeddings,
+            family,
+        })
+    }
+}
+
+/// Grouped-query self-attention.
+pub struct Attention {
+    /// `[heads * head_dim, hidden]`.
+    pub q_proj: Box<dyn Projection>,
+    /// `[kv_heads * head_dim, hidden]`.
+    pub k_proj: Box<dyn Projection>,
+    /// `[kv_heads * head_dim, hidden]`.
+    pub v_proj: Box<dyn Projection>,
+    /// `[hidden, heads * head_dim]`.
+    pub o_proj: Box<dyn Projection>,
+    /// Norm over each head of the queries (Qwen3).
+    pub q_norm: Option<RmsNorm>,
+    /// Norm over each head of the keys (Qwen3).
+    pub k_norm: Option<RmsNorm>,
+    heads: i64,
+    kv_heads: i64,
+    head_dim: i64,
+}
+
+impl Attention {
+    fn load(at: &TensorPath, c: &DecoderConfig) -> Result<Self> {
+        let linear = |name: &str, input, output, bias| -> Result<Box<dyn Projection>> {
+            Ok(Box::new(Linear::load(&at.at(name), input, output, bias)?))
+        };
+        let norm = |name: &str| -> Result<Option<RmsNorm>> {
+            if !c.family.qk_norm {
+                return Ok(None);
+            }
+            Ok(Some(RmsNorm::load(&at.at(name), c.head_dim, c.norm_eps)?))
+        };
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        Ok(Self {
+            q_proj: linear("q_proj", c.hidden, q, c.family.qkv_bias)?,
+            k_proj: linear("k_proj", c.hidden, kv, c.family.qkv_bias)?,
+            v_proj: linear("v_proj", c.hidden, kv, c.family.qkv_bias)?,
+            o_proj: linear("o_proj", q, c.hidden, c.family.o_bias)?,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+        })
+    }
+
+    /// Unrotated queries `[rows, heads, d]`, keys and values `[rows, kv_heads, d]` of normed rows `[rows, hidden]`.
+    pub fn qkv(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let rows = x.size2()?.0;
+        let mut qkv = self.q_proj.forward_many(&[&*self.k_proj, &*self.v_proj], x)?.into_iter();
+        let mut next = |heads: i64| -> Result<Tensor> {
+            let t = qkv.next().ok_or_else(|| Error::input("forward_many gave fewer results than projections"))?;
+            Ok(t.f_view([rows, heads, self.head_dim])?)
+        };
+        let (mut q, mut k, v) = (next(self.heads)?, next(self.kv_heads)?, next(self.kv_heads)?);
+        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        Ok((q, k, v))
+    }
+
+    /// Attention over normed rows `x` (`[rows, hidden]`), with the output projection. The cache rotates and keeps.
+    pub fn forward(&self, x: &Tensor, at: &Site, cache: &mut dyn KvCache) -> Result<crate::seam::Attended> {
+        let (q, k, v) = self.qkv(x)?;
+        let mut attended = cache.attend(at, &q, &k, &v)?;
+        let out = attended.out.f_reshape([-1, self.heads * self.head_dim])?; // [rows, heads, d] -> [rows, heads * d]
+        attended.out = self.o_proj.forward(&out)?;
+        Ok(attended)
+    }
+}
+
+/// `down(silu(gate(x)) * up(x))`.
+pub struct Mlp {
+    /// `[intermediate, hidden]`.
+    pub gate_proj: Box<dyn Projection>,
+    /// `[intermediate, hidden]`.
+    pub up_proj: Box<dyn Projection>,
+    /// `[hidden, intermediate]`.
+    pub down_proj: Box<dyn Projection>,
+}
+
+impl Mlp {
+    fn load(at: &TensorPath, c: &DecoderConfig) -> Result<Self> {
+        let linear = |name: &str, input, output| -> Result<Box<dyn Projection>> {
+            Ok(Box::new(Linear::load(&at.at(name), input, output, c.family.mlp_bias)?))
+        };
+        Ok(Self {
+            gate_proj: linear("gate_proj", c.hidden, c.intermediate)?,
+            up_proj: linear("up_proj", c.hidden, c.intermediate)?,
+            down_proj: linear("down_proj", c.intermediate, c.hidden)?,
+        })
+    }
+
+    /// `x`: `[rows, hidden]`, result: the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let both = self.gate_proj.forward_many(&[&*self.up_proj], x)?;
+        let [gate, up] = both.as_slice() else {
+            return Err(Error::input("forward_many gave another number of results than projections"));
+        };
+        self.down_proj.forward(&gate.f_silu()?.f_mul(up)?)
+    }
+}
+
+/// One layer: attention and MLP, each behind a norm and added to the residual.
+pub struct DecoderLayer {
+    /// Before attention.
+    pub input_layernorm: RmsNorm,
+    /// Attention.
+    pub self_attn: Attention,
+    /// Before the MLP.
+    pub post_attention_layernorm: RmsNorm,
+    /// MLP.
+    pub mlp: Mlp,
+    /// Sliding window, in tokens.
+    pub window: Option<usize>,
+}
+
+impl DecoderLayer {
+    fn load(at: &TensorPath, c: &DecoderConfig, layer: usize) -> Result<Self> {
+        Ok(Self {
+            input_layernorm: RmsNorm::load(&at.at("input_layernorm"), c.hidden, c.norm_eps)?,
+            self_attn: Attention::load(&at.at("self_attn"), c)?,
+            post_attention_layernorm: RmsNorm::load(&at.at("post_attention_layernorm"), c.hidden, c.norm_eps)?,
+            mlp: Mlp::load(&at.at("mlp"), c)?,
+            window: c.family.windows[layer],
+        })
+    }
+}
+
+/// A decoder with its head (`LlamaForCausalLM`).
+pub struct Decoder {
+    /// `model.embed_tokens.weight`, `[vocab, hidden]`.
+    pub embed_tokens: Tensor,
+    /// `model.layers`.
+    pub layers: Vec<DecoderLayer>,
+    /// `model.norm`.
+    pub norm: RmsNorm,
+    /// `lm_head`; over the embedding table when tied.
+    pub lm_head: Box<dyn Projection>,
+    rotary: Rotary,
+    config: DecoderConfig,
+    dims: ModelDims,
+}
+
+impl Decoder {
+    /// Reads all weights under `at` (the checkpoint's root, or `llm` in an omni checkpoint).
+    pub fn load(config: DecoderConfig, at: &TensorPath) -> Result<Self> {
+        let c = &config;
+        let model = at.at("model");
+        let embed_tokens = model.at("embed_tokens").tensor("weight", &[c.vocab, c.hidden])?;
+        let lm_head: Box<dyn Projection> = if c.tied {
+            Box::new(Linear::new(embed_tokens.shallow_clone(), None))
+        } else {
+            Box::new(Linear::load(&at.at("lm_head"), c.hidden, c.vocab, false)?)
+        };
+        let layers = (0..c.layers)
+            .map(|l| DecoderLayer::load(&model.at("layers").at(l), c, l))
+            .collect::<Result<Vec<_>>>()?;
+        let norm = RmsNorm::load(&model.at("norm"), c.hidden, c.norm_eps)?;
+        let dims = ModelDims {
+            layers: c.layers,
+            hidden: c.hidden,
+            intermediate: c.intermediate,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            vocab: c.vocab,
+            context: c.context,
+            kind: at.kind(),
+            device: at.device(),
+        };
+        let rotary = Rotary::new(c.rope.clone(), at.device());
+        Ok(Self { embed_tokens, layers, norm, lm_head, rotary, config, dims })
+    }
+
+    /// The configuration that it was built from.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Rotary rows of some positions.
+    pub fn rope(&self, rows: &Ragged) -> Result<Rope> {
+        self.rotary.rows(rows)
+    }
+
+    /// Factor on `q·k`.
+    pub fn scale(&self) -> f64 {
+        (self.config.head_dim as f64).powf(-0.5)
+    }
+
+    fn embedded(&self, batch: &Batch) -> Result<Tensor> {
+        let rows = batch.rows.len() as i64;
+        match batch.input {
+            Input::Ids(ids) if ids.size() == [rows] => self.embed(ids),
+            Input::Embeds(x) if x.size() == [rows, self.config.hidden] => Ok(x.f_to_kind(self.dims.kind)?),
+            Input::Ids(x) | Input::Embeds(x) => Err(Error::Input(format!(
+                "the batch has {rows} rows but its input is of shape {:?} (hidden is {})",
+                x.size(),
+                self.config.hidden
+            ))),
+        }
+    }
+}
+
+impl Model for Decoder {
+    fn dims(&self) -> &ModelDims {
+        &self.dims
+    }
+
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        if ids.numel() > 0 {
+            let (low, high) = (ids.f_min()?.f_int64_value(&[])?, ids.f_max()?.f_int64_value(&[])?);
+            if low < 0 || high >= self.config.vocab {
+                let found = if low < 0 { low } else { high };
+                return Err(Error::Input(format!(
+                    "token id {found} is outside the vocabulary of {}",
+                    self.config.vocab
+                )));
+            }
+        }
+        Ok(Tensor::f_embedding(&self.embed_tokens, ids, -1, false, false)?)
+    }
+
+    fn forward(
+        &self,
+        batch: &Batch,
+        cache: &mut dyn KvCache,
+        mut hook: Option<&mut dyn LayerHook>,
+    ) -> Result<Output> {
+        if batch.rows.is_empty() {
+            return Err(Error::input("a call without a single row: is the prompt empty?"));
+        }
+        let mut x = self.embedded(batch)?;
+        let mut rows = batch.rows.clone();
+        let mut rope = self.rotary.rows(&rows)?;
+        let mut layer_inputs = Vec::new();
+        let mut exhausted = Vec::new();
+        if let Some(hook) = hook.as_deref_mut() {
+            reduce(hook, Point::Embeddings, &mut x, &mut rows, &mut rope, None)?;
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            if batch.layer_inputs {
+                layer_inputs.push(x.shallow_clone());
+            }
+            let site = Site {
+                layer: l,
+                rows: &rows,
+                rope: &rope,
+                input: &x,
+                mask: batch.mask.unwrap_or(layer.window.map_or(Mask::Causal, Mask::Window)),
+                want_scores: hook.as_ref().and_then(|h| h.wants_scores(l)),
+                scale: self.scale(),
+            };
+            let attended = layer.self_attn.forward(&layer.input_layernorm.forward(&x)?, &site, cache)?;
+            exhausted.extend(attended.exhausted);
+            x = x.f_add(&attended.out)?;
+            if let Some(hook) = hook.as_deref_mut() {
+                let scores = attended.scores.as_deref();
+                reduce(hook, Point::AfterAttention(l), &mut x, &mut rows, &mut rope, scores)?;
+            }
+            x = x.f_add(&layer.mlp.forward(&layer.post_attention_layernorm.forward(&x)?)?)?;
+        }
+        exhausted.sort_unstable();
+        exhausted.dedup();
+        Ok(Output { hidden: self.norm.forward(&x)?, rows, layer_inputs, exhausted })
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden)
+    }
+
+    fn visit_projections(
+        &mut self,
+        f: &mut dyn FnMut(&str, &mut Box<dyn Projection>) -> Result<()>,
+    ) -> Result<()> {
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            for (name, projection) in layer.projections() {
+                f(&format!("model.layers.{l}.{name}"), projection)?;
+            }
+        }
+        f("lm_head", &mut self.lm_head)
+    }
+
+    fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
+        f("model.embed_tokens.weight", &mut self.embed_tokens)?;
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let at = format!("model.layers.{l}");
+            f(&format!("{at}.input_layernorm.weight"), &mut layer.input_layernorm.weight)?;
+            f(&format!("{at}.post_attention_layernorm.weight"), &mut layer.post_attention_layernorm.weight)?;
+            if let (Some(q), Some(k)) = (&mut layer.self_attn.q_norm, &mut layer.self_attn.k_norm) {
+                f(&format!("{at}.self_attn.q_norm.weight"), &mut q.weight)?;
+                f(&format!("{at}.self_attn.k_norm.weight"), &mut k.weight)?;
+            }
+            for (name, projection) in layer.projections() {
+                for (parameter, tensor) in projection.parameters() {
+                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
+                }
+            }
+        }
+        f("model.norm.weight", &mut self.norm.weight)?;
+        if !self.config.tied {
+            for (parameter, tensor) in self.lm_head.parameters() {
+                f(&format!("lm_head.{parameter}"), tensor)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DecoderLayer {
+    fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 7] {
+        let (a, m) = (&mut self.self_attn, &mut self.mlp);
+        [
+            ("self_attn.q_proj", &mut a.q_proj),
+            ("self_attn.k_proj", &mut a.k_proj),
+            ("self_attn.v_proj", &mut a.v_proj),
+            ("self_attn.o_proj", &mut a.o_proj),
+            ("mlp.gate_proj", &mut m.gate_proj),
+            ("mlp.up_proj", &mut m.up_proj),
+            ("mlp.down_proj", &mut m.down_proj),
+        ]
+    }
+}
+
+/// Lets a hook shorten the batch: rows, their positions and their rotary rows go together.
+fn reduce(
+    hook: &mut dyn LayerHook,
+    point: Point,
+    x: &mut Tensor,
+    rows: &mut Ragged,
+    rope: &mut Rope,
+    scores: Option<&[Tensor]>,
+) -> Result<()> {
+    let Some(reduced) = hook.at(point, &Rows { x, ragged: rows }, scores)? else { return Ok(()) };
+    let refused = |why: String| Error::Input(format!("the layer hook at {point:?} {why}"));
+    if reduced.kept.len() != rows.seqs().len() {
+        return Err(refused(format!("names {} sequences of {}", reduced.kept.len(), rows.seqs().len())));
+    }
+    let (mut kept_rows, mut next) = (Vec::new(), Vec::new());
+    for ((s, from, positions), kept) in rows.iter().zip(&reduced.kept) {
+        if kept.windows(2).any(|w| w[0] >= w[1]) || kept.last().is_some_and(|&last| last >= positions.len()) {
+            return Err(refused(format!("keeps rows of sequence {} out of order or range", s.0)));
+        }
+        kept_rows.extend(kept.iter().map(|&i| (from + i) as i64));
+        next.push((s, kept.iter().map(|&i| positions[i]).collect()));
+    }
+    if reduced.x.size() != [kept_rows.len() as i64, x.size()[1]] {
+        return Err(refused(format!("gives back {:?} for {} kept rows", reduced.x.size(), kept_rows.len())));
+    }
+    if kept_rows.is_empty() {
+        return Err(refused("keeps no row at all".into()));
+    }
+    *rope = rope.select(&Tensor::f_from_slice(&kept_rows)?.f_to_device(x.device())?)?;
+    *rows = Ragged::new(next);
+    *x = reduced.x;
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Model families. One family is one file to be read beside transformers' `modeling_<family>.py`.
+//!
+//! The decoders of Llama, Qwen2 and Qwen3 are one stack of layers, in [`decoder`]; [`llama`], [`qwen2`] and [`qwen3`]
+//! read their configuration and say in what their layer differs. A checkpoint's key is the path through the structs:
+//! `model.layers.3.self_attn.q_proj.weight` is `decoder.layers[3].self_attn.q_proj`.
+
+pub mod decoder;
+pub mod llama;
+pub mod qwen2;
+pub mod qwen3;
+
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+pub use decoder::{Decoder, DecoderConfig};
+
+use crate::checkpoint::{Checkpoint, TensorPath};
+use crate::seam::{KvCache, LayerHook, Mask, Projection, Ragged};
+use crate::{Error, Result};
+
+/// Dimensions that caches, hooks and servers need to know of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelDims {
+    /// Layers.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Width of the MLP.
+    pub intermediate: i64,
+    /// Query heads.
+    pub heads: i64,
+    /// Key/value heads.
+    pub kv_heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// Rows of the embedding table.
+    pub vocab: i64,
+    /// The most positions that the checkpoint claims, in tokens.
+    pub context: usize,
+    /// Dtype of the weights.
+    pub kind: Kind,
+    /// Where the weights are.
+    pub device: Device,
+}
+
+/// What goes into a call.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// Token ids, int64 `[rows]`.
+    Ids(&'a Tensor),
+    /// Embeddings, `[rows, hidden]`.
+    Embeds(&'a Tensor),
+}
+
+/// One call of a model: the new rows of some sequences.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    /// Whose rows, at which positions.
+    pub rows: Ragged,
+    /// The rows.
+    pub input: Input<'a>,
+    /// In place of the causal mask (and of a layer's window).
+    pub mask: Option<Mask<'a>>,
+    /// Whether to give back every layer's input.
+    pub layer_inputs: bool,
+}
+
+impl<'a> Batch<'a> {
+    /// A causal call.
+    pub fn new(rows: Ragged, input: Input<'a>) -> Self {
+        Self { rows, input, mask: None, layer_inputs: false }
+    }
+}
+
+/// What a call gives back.
+#[derive(Debug)]
+pub struct Output {
+    /// Hidden states after the final norm, `[rows, hidden]`; [`Model::logits`] takes them.
+    pub hidden: Tensor,
+    /// Whose they are: fewer than went in when a hook shortened the batch.
+    pub rows: Ragged,
+    /// Input of each layer, `[rows, hidden]`, when asked for.
+    pub layer_inputs: Vec<Tensor>,
+    /// Sequences whose budget in the cache is now full.
+    pub exhausted: Vec<crate::seam::SeqId>,
+}
+
+/// A language model, as generation, training and methods see it.
+pub trait Model: Send {
+    /// Its dimensions.
+    fn dims(&self) -> &ModelDims;
+
+    /// Token embeddings: int64 `[rows]` to `[rows, hidden]`.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor>;
+
+    /// Runs the rows through all layers and the final norm.
+    fn forward(&self, batch: &Batch, cache: &mut dyn KvCache, hook: Option<&mut dyn LayerHook>) -> Result<Output>;
+
+    /// `[.., hidden]` after the final norm to `[.., vocab]`.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// Hands every linear layer, with its path, to `f`, which may replace it.
+    fn visit_projections(
+        &mut self,
+        f: &mut dyn FnMut(&str, &mut Box<dyn Projection>) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Hands every parameter, with its checkpoint key, to `f`, which may replace it. A tied head is not visited.
+    fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
+}
+
+/// Architectures that this crate reads, as `architectures[0]` of config.json names them.
+pub const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+
+/// The configuration of a decoder, from the contents of a config.json.
+///
+/// # Errors
+/// `Error::UnsupportedArchitecture` for a family that is not one of [`ARCHITECTURES`], `Error::Config` for a field that
+/// is missing or senseless.
+pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
+    let architecture = json
+        .get("architectures")
+        .and_then(|a| a.get(0))
+        .and_then(Value::as_str)
+        .ok_or_else(|| Error::Config("`architectures` is missing or empty".into()))?;
+    if let Some(method) = json.get("quantization_config").filter(|q| !q.is_null()) {
+        let method = method.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+        return Err(Error::Config(format!(
+            "the weights are quantized ({method}); this loader reads bf16, f16 and f32 weights: use the original \
+             checkpoint"
+        )));
+    }
+    match architecture {
+        "LlamaForCausalLM" => llama::config(json),
+        "Qwen2ForCausalLM" => qwen2::config(json),
+        "Qwen3ForCausalLM" => qwen3::config(json),
+        other => Err(Error::UnsupportedArchitecture { found: other.to_owned(), known: ARCHITECTURES.join(", ") }),
+    }
+}
+
+/// Loads a decoder: any checkpoint whose architecture is one of [`ARCHITECTURES`].
+pub fn load(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decoder> {
+    let config = config(checkpoint.config_json()).map_err(|e| e.in_file(&checkpoint.dir().join("config.json")))?;
+    load_at(config, &checkpoint.root(device, kind))
+}
+
+/// Loads a decoder of which the configuration is known from under `root` (e.g. `llm` of an omni checkpoint), and warns
+/// of tensors there that no layer asked for.
+pub fn load_at(config: DecoderConfig, root: &TensorPath) -> Result<Decoder> {
+    let decoder = Decoder::load(config, root)?;
+    let unread = root.unread();
+    if let Some(first) = unread.first() {
+        tracing::warn!("{} tensors of the checkpoint are not used, {first} among them", unread.len());
+    }
+    Ok(decoder)
+}
