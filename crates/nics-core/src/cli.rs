@@ -1,0 +1,289 @@
+//! Flag groups of binaries that run models. Those without a model (`--seed`, `--out`, `--json`, `--shard`, logging) and
+//! the edge of `main` come from `nics-base` and are re-exported.
+//!
+//! ```no_run
+//! use clap::Parser;
+//! use nics_core::cli::{ModelArgs, SamplingArgs, main_exit};
+//!
+//! #[derive(Parser)]
+//! struct Args {
+//!     #[command(flatten)]
+//!     model: ModelArgs,
+//!     #[command(flatten)]
+//!     sampling: SamplingArgs,
+//! }
+//!
+//! fn main() -> std::process::ExitCode {
+//!     let args = Args::parse();
+//!     main_exit(|| {
+//!         let device = args.model.device.open()?;
+//!         args.model.set_threads()?;
+//!         println!("{device:?}");
+//!         Ok(())
+//!     })
+//! }
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+use clap::Args;
+
+use crate::device::{DeviceSpec, DtypeSpec, set_threads};
+use crate::sampling::Sampling;
+use crate::{Error, Result};
+
+pub use nics_base::cli::*;
+
+/// `--model`, `--device`, `--dtype`, `--threads`.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Checkpoint: a folder, or a hub id ORG/NAME[@REVISION]
+    #[arg(long, short, value_name = "FOLDER|ID", value_parser = not_empty)]
+    pub model: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run_on: DeviceArgs,
+}
+
+impl std::ops::Deref for ModelArgs {
+    type Target = DeviceArgs;
+
+    fn deref(&self) -> &DeviceArgs {
+        &self.run_on
+    }
+}
+
+/// `--device`, `--dtype`, `--threads`, for commands that take their model in another way.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DeviceArgs {
+    /// What to compute on: cpu, cuda, cuda:INDEX, or auto (CUDA when it can be used)
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceSpec::Cpu)]
+    pub device: DeviceSpec,
+    /// What to compute in: f32, bf16, f16, or auto (as the checkpoint is stored)
+    #[arg(long, value_name = "DTYPE", default_value_t = DtypeSpec::Auto)]
+    pub dtype: DtypeSpec,
+    /// Threads of the CPU; default: OMP_NUM_THREADS, else what Slurm or the system allots
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+impl DeviceArgs {
+    /// Sets libtorch's threads of the calling thread and returns their number; see [`set_threads`].
+    pub fn set_threads(&self) -> Result<usize> {
+        set_threads(self.threads)
+    }
+}
+
+/// How to choose tokens. A flag that is not given leaves the model's own `generation_config.json` in force.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SamplingArgs {
+    /// Always the likeliest token: the same as --temperature 0
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
+    pub greedy: bool,
+    /// Above 1 more surprising, below 1 less, 0 always the likeliest token [0 to 100]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Draw from the K likeliest tokens alone; 0 is no limit
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Draw from the likeliest tokens that make up this much probability [above 0, up to 1]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Draw from tokens with at least this share of the likeliest one's probability [0 to 1]
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Above 1 makes tokens that were seen less likely, 1 changes nothing
+    #[arg(long, value_name = "R")]
+    pub repetition_penalty: Option<f32>,
+    /// Most tokens to generate for a prompt
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub max_new_tokens: Option<usize>,
+    /// Stop where this text would appear; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = not_empty)]
+    pub stop: Vec<String>,
+}
+
+impl SamplingArgs {
+    /// The given flags over a model's own settings.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when a value is out of range, or when a limit on the draw is given where nothing is drawn.
+    pub fn over(&self, own: Sampling) -> Result<Sampling> {
+        let sampling = Sampling {
+            temperature: if self.greedy { 0.0 } else { self.temperature.unwrap_or(own.temperature) },
+            top_k: self.top_k.unwrap_or(own.top_k),
+            top_p: self.top_p.unwrap_or(own.top_p),
+            min_p: self.min_p.unwrap_or(own.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(own.repetition_penalty),
+            ..own
+        };
+        sampling.validate()?;
+        let limits =
+            [("--top-k", self.top_k.is_some()), ("--top-p", self.top_p.is_some()), ("--min-p", self.min_p.is_some())];
+        if let Some((flag, _)) = limits.iter().find(|(_, given)| *given && sampling.temperature == 0.0) {
+            return Err(Error::Input(format!(
+                "{flag} has no effect because the likeliest token is always chosen: give --temperature above 0 too"
+            )));
+        }
+        Ok(sampling)
+    }
+}
+
+/// Which methods to plug into the model, each as NAME or NAME:SPEC; what a SPEC holds is the method's own.
+#[derive(Debug, Clone, Default, Args)]
+pub struct PluginArgs {
+    /// Method that replaces the model's weights
+    #[arg(long, value_name = "NAME[:SPEC]")]
+    pub weights: Option<PluginSpec>,
+    /// Method that keeps keys and values
+    #[arg(long, value_name = "NAME[:SPEC]")]
+    pub kv: Option<PluginSpec>,
+    /// Method that acts between layers; may be given several times, in the order in which they act
+    #[arg(long, value_name = "NAME[:SPEC]")]
+    pub hook: Vec<PluginSpec>,
+}
+
+/// The name of a method and what it is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluginSpec {
+    /// The method's name.
+    pub name: String,
+    /// What follows the first colon; empty when there is none.
+    pub spec: String,
+}
+
+impl PluginSpec {
+    /// The value that `known` has under this name.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that lists the names that this binary knows.
+    pub fn find<'a, T>(&self, flag: &str, known: &'a [(&str, T)]) -> Result<&'a T> {
+        let names = || match known.iter().map(|(name, _)| *name).collect::<Vec<_>>()[..] {
+            [] => "none: build it with the feature `with-<method>` of the method".to_owned(),
+            ref names => names.join(", "),
+        };
+        let found = known.iter().find(|(name, _)| *name == self.name).map(|(_, value)| value);
+        found.ok_or_else(|| Error::Input(format!("{flag} {}: this binary knows {}", self.name, names())))
+    }
+}
+
+impl FromStr for PluginSpec {
+    type Err = String;
+
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        let (name, spec) = s.split_once(':').unwrap_or((s, ""));
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if name.is_empty() || !name.chars().all(plain) {
+            return Err(format!("{name:?} is no method's name: expected NAME or NAME:SPEC, e.g. dense or some-method:4bit"));
+        }
+        if spec.is_empty() && s.contains(':') {
+            return Err(format!("nothing follows the colon of {s:?}: give {name}:SPEC, or {name} alone"));
+        }
+        Ok(Self { name: name.to_owned(), spec: spec.to_owned() })
+    }
+}
+
+impl fmt::Display for PluginSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.spec.is_empty() { f.write_str(&self.name) } else { write!(f, "{}:{}", self.name, self.spec) }
+    }
+}
+
+fn not_empty(s: &str) -> std::result::Result<String, String> {
+    if s.is_empty() { Err("is empty".into()) } else { Ok(s.to_owned()) }
+}
+
+fn at_least_one(s: &str) -> std::result::Result<usize, String> {
+    match s.parse() {
+        Ok(0) => Err("expected at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(format!("{e}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+
+    #[derive(Debug, Parser)]
+    struct All {
+        #[command(flatten)]
+        model: ModelArgs,
+        #[command(flatten)]
+        sampling: SamplingArgs,
+        #[command(flatten)]
+        plugins: PluginArgs,
+        #[command(flatten)]
+        seed: SeedArg,
+        #[command(flatten)]
+        out: OutArg,
+        #[command(flatten)]
+        json: JsonArg,
+        #[command(flatten)]
+        shard: ShardArg,
+        #[command(flatten)]
+        log: LogArgs,
+    }
+
+    fn parse(flags: &[&str]) -> Result<All, String> {
+        All::try_parse_from(["x", "--model", "m"].iter().chain(flags)).map_err(|e| e.to_string())
+    }
+
+    fn sampled(flags: &[&str], own: Sampling) -> Result<Sampling> {
+        parse(flags).unwrap().sampling.over(own)
+    }
+
+    #[test]
+    fn the_groups_fit_together_and_default_to_the_cpu() {
+        All::command().debug_assert();
+        let args = parse(&[]).unwrap();
+        assert_eq!((args.model.device, args.model.dtype), (DeviceSpec::Cpu, DtypeSpec::Auto));
+        let args = parse(&["--device", "cuda:1", "--dtype", "bf16", "--threads", "2"]).unwrap();
+        assert_eq!((args.model.device, args.model.dtype), (DeviceSpec::Cuda(1), DtypeSpec::Bf16));
+        assert_eq!(args.model.threads, Some(2));
+        assert!(parse(&["--device", "gpu"]).unwrap_err().contains("give cpu, cuda, cuda:INDEX or auto"));
+        assert!(parse(&["--stop", ""]).unwrap_err().contains("is empty"));
+        assert!(parse(&["--max-new-tokens", "0"]).unwrap_err().contains("expected at least 1"));
+    }
+
+    #[test]
+    fn flags_win_over_the_models_own_settings() {
+        let own = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
+        assert_eq!(sampled(&[], own.clone()).unwrap(), own);
+        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], own.clone()).unwrap();
+        assert_eq!(mixed, Sampling { temperature: 0.3, top_k: 5, ..own.clone() });
+        assert_eq!(sampled(&["--greedy"], own.clone()).unwrap().temperature, 0.0);
+        assert!(sampled(&["--temperature", "999999"], own).is_err());
+    }
+
+    #[test]
+    fn limits_on_a_draw_that_does_not_happen_are_refused() {
+        let e = sampled(&["--top-p", "0.5"], Sampling::default()).unwrap_err().to_string();
+        assert!(e.contains("--top-p has no effect") && e.contains("--temperature above 0"), "{e}");
+        assert!(parse(&["--greedy", "--top-k", "4"]).unwrap_err().contains("cannot be used with"));
+    }
+
+    #[test]
+    fn plugins_are_a_name_and_what_follows_the_first_colon() {
+        let args = parse(&["--kv", "some-cache:bits=4:file.toml", "--hook", "a", "--hook", "b:0.5"]).unwrap();
+        let kv = args.plugins.kv.unwrap();
+        assert_eq!((kv.name.as_str(), kv.spec.as_str()), ("some-cache", "bits=4:file.toml"));
+        assert_eq!(kv.to_string(), "some-cache:bits=4:file.toml");
+        assert_eq!(args.plugins.hook.iter().map(ToString::to_string).collect::<Vec<_>>(), ["a", "b:0.5"]);
+        assert!(args.plugins.weights.is_none());
+        assert!(parse(&["--weights", ":4bit"]).unwrap_err().contains("NAME or NAME:SPEC"));
+        assert!(parse(&["--weights", "packed:"]).unwrap_err().contains("nothing follows the colon"));
+    }
+
+    #[test]
+    fn an_unknown_plugin_is_told_what_there_is() {
+        let spec: PluginSpec = "b".parse().unwrap();
+        assert_eq!(spec.find("--kv", &[("a", 1), ("b", 2)]).unwrap(), &2);
+        let e = spec.find("--kv", &[("a", 1), ("dense", 2)]).unwrap_err().to_string();
+        assert_eq!(e, "--kv b: this binary knows a, dense");
+        let e = spec.find::<()>("--kv", &[]).unwrap_err().to_string();
+        assert!(e.contains("with-<method>"), "{e}");
+    }
+}
