@@ -17,9 +17,13 @@
 
 pub mod cache;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod device;
 mod error;
 pub mod generate;
+pub mod golden;
+pub mod memory;
 pub mod models;
 pub mod nn;
 pub mod sampling;

@@ -50,6 +50,14 @@ impl TensorPath {
         Self::new(Origin::Memory(Mutex::new(tensors)), Device::Cpu, Kind::Float)
     }
 
+    /// The tensors of one safetensors file that belongs to no checkpoint, read as float32 on the CPU unless
+    /// [`to`](Self::to) says otherwise.
+    pub fn from_file(path: &std::path::Path) -> Result<Self, CheckpointError> {
+        let files = WeightFiles::open(&[path.to_owned()])?;
+        let folder = path.parent().unwrap_or(path).display().to_string();
+        Ok(Self::files(Arc::new(files), folder, Device::Cpu, Kind::Float))
+    }
+
     fn new(origin: Origin, device: Device, kind: Kind) -> Self {
         let source = Source::new(origin);
         Self { source, path: String::new(), device, kind, because: "".into(), transform: None }
