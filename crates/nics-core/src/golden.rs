@@ -38,6 +38,11 @@ impl Golden {
         Self { dir }
     }
 
+    /// This very folder, whatever `NICS_GOLDEN` says.
+    pub fn at(dir: impl AsRef<Path>) -> Self {
+        Self { dir: dir.as_ref().to_owned() }
+    }
+
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
