@@ -72,7 +72,7 @@ mod tests {
             unit: "ms".into(),
             value,
             higher_is_better: false,
-            ci: value.is_finite().then(|| [value * 0.9, value * 1.1]),
+            ci: value.is_finite().then_some([value * 0.9, value * 1.1]),
             x: Some(x),
             x_label: Some("context (tokens)".into()),
             n: None,

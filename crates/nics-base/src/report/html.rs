@@ -50,7 +50,10 @@ pub fn render(title: &str, sections: &[Section]) -> Result<String> {
 fn render_table(out: &mut String, table: &Table) -> Result<()> {
     let _ = writeln!(out, "<h3>{}</h3>\n<p class=\"note\">{}</p>", escape(&table.title()), table.direction());
     if let Some(svg) = plot::draw(table)? {
-        let _ = writeln!(out, "<figure>{svg}</figure>");
+        let paper = table.rows.iter().any(|r| r.paper.is_some() && r.x.is_none());
+        let paper = if paper { "; ◇ the paper's value" } else { "" };
+        let caption = format!("● value, bar: 95 % interval{paper}");
+        let _ = writeln!(out, "<figure>{svg}<figcaption class=\"note\">{caption}</figcaption></figure>");
     }
     let columns = table.columns();
     let class = |numeric| if numeric { " class=\"num\"" } else { "" };

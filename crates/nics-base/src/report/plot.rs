@@ -28,10 +28,11 @@ const TEXT: u32 = 14;
 /// Values beyond this cannot be scaled to pixels in double precision without overflow; they stay in the table.
 const LARGEST: f64 = 1e150;
 
-/// The plot of a table; `None` when it has no value that can be drawn.
+/// The plot of a table; `None` when it has nothing worth drawing.
 pub fn draw(table: &Table) -> Result<Option<String>> {
     let rows: Vec<&Row> = table.rows.iter().copied().filter(|r| drawable(r.value)).collect();
-    if rows.is_empty() {
+    // A single number with nothing to hold it against is no picture.
+    if rows.is_empty() || matches!(&rows[..], [row] if row.ci.is_none() && row.paper.is_none()) {
         return Ok(None);
     }
     let lines = rows.iter().all(|r| r.x.is_some_and(drawable));

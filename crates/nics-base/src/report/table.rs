@@ -83,10 +83,10 @@ impl Table<'_> {
         let row = self.first();
         let mut title = self.axis();
         if !row.dataset.is_empty() {
-            title += &format!(" on {}", row.dataset);
+            title = format!("{title} on {}", row.dataset);
         }
         if !row.model.is_empty() {
-            title += &format!(", {}", row.model);
+            title = format!("{title}, {}", row.model);
         }
         title
     }

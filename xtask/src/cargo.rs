@@ -1,0 +1,142 @@
+//! Commands that are cargo's, with set-up in front: `check`, `test`, `bench`, `install`, and building a binary.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nics_base::interrupt::Interrupt;
+use serde::Deserialize;
+
+use crate::process::{ended, run, run_ok, shown, start, wait};
+use crate::workspace::Workspace;
+
+/// `cargo` in the workspace, the one that runs us if there is one.
+fn cargo(ws: &Workspace) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(&ws.root);
+    // Cargo sets these for `cargo xtask`; build scripts of other packages must not see xtask's.
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") || text == "CARGO_BIN_NAME" {
+            command.env_remove(&name);
+        }
+    }
+    command
+}
+
+/// Formatting, lints, documentation, and dependencies where cargo-deny is installed. Runs all and names what failed.
+pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
+    let mut failed = Vec::new();
+    let mut step = |args: &[&str], docs: bool| -> Result<()> {
+        let mut command = cargo(ws);
+        command.args(args);
+        if docs {
+            command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        eprintln!("$ {}", shown_short(&command));
+        if !run(&mut command, interrupt)?.success() {
+            failed.push(shown_short(&command));
+        }
+        Ok(())
+    };
+    step(&["fmt", "--all", "--check"], false)?;
+    step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], false)?;
+    step(&["doc", "--no-deps", "--workspace"], true)?;
+    let deny = cargo(ws).args(["deny", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if deny.is_ok_and(|s| s.success()) {
+        step(&["deny", "check"], false)?;
+    } else {
+        eprintln!(
+            "cargo-deny is not installed: licences and advisories were not checked (`cargo install cargo-deny`)"
+        );
+    }
+    if !failed.is_empty() {
+        bail!("{} of the checks failed: {}", failed.len(), failed.join("; "));
+    }
+    eprintln!("all checks passed");
+    Ok(())
+}
+
+/// The tests of the workspace; `long` adds those marked `#[ignore = "long"]`.
+pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
+    let mut command = cargo(ws);
+    command.args(["test", "--workspace"]);
+    if long {
+        command.args(["--", "--include-ignored"]);
+    }
+    run_ok(&mut command, interrupt)
+}
+
+/// The benchmarks whose name contains `filter`.
+pub fn bench(ws: &Workspace, filter: Option<&str>, interrupt: &Interrupt) -> Result<()> {
+    let mut command = cargo(ws);
+    // Criterion's targets alone: the harness of unit tests does not know its flags.
+    command.args(["bench", "--workspace", "--bench", "*"]);
+    command.args(filter.map(|f| ["--", f]).into_iter().flatten());
+    run_ok(&mut command, interrupt)
+}
+
+/// `cargo install`, with the place of libtorch written into the binary: outside of the workspace nothing else would
+/// tell it.
+pub fn install(ws: &Workspace, name: &str, interrupt: &Interrupt) -> Result<()> {
+    let packages = ws.packages()?;
+    let Some(folder) = packages.get(name) else {
+        let names: Vec<_> = packages.keys().map(String::as_str).collect();
+        bail!("there is no crate {name:?}; the crates are: {}", names.join(", "));
+    };
+    let lib = ws
+        .libtorch()
+        .join("lib")
+        .canonicalize()
+        .context("libtorch is not set up; run `cargo xtask setup`")?;
+    let rpath = toml::Value::String(format!("link-arg=-Wl,-rpath,{}", lib.display()));
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    let mut command = cargo(ws);
+    command.args(["install", "--locked", "--path"]).arg(folder);
+    command.args(["--config", &format!("target.{target}.rustflags=[\"-C\", {rpath}]")]);
+    run_ok(&mut command, interrupt)
+}
+
+/// Builds a release binary and says where it is.
+pub fn build(
+    ws: &Workspace,
+    package: &str,
+    binary: &str,
+    features: &[String],
+    interrupt: &Interrupt,
+) -> Result<PathBuf> {
+    let mut command = cargo(ws);
+    command.args(["build", "--release", "--package", package, "--bin", binary]);
+    if !features.is_empty() {
+        command.args(["--features", &features.join(",")]);
+    }
+    command.args(["--message-format", "json-render-diagnostics"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = start(&mut command)?;
+    let messages = child.stdout.take().context("cargo has no stdout")?;
+    let reader = std::thread::spawn(move || executable(messages));
+    let (status, _) = wait(child, interrupt)?;
+    let found = reader.join().ok().flatten();
+    if !status.success() {
+        bail!("{} ({})", shown_short(&command), ended(status));
+    }
+    found.with_context(|| format!("{} built no binary {binary}", shown_short(&command)))
+}
+
+/// The last executable that cargo's messages name.
+fn executable(messages: impl std::io::Read) -> Option<PathBuf> {
+    #[derive(Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+    }
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(messages)).map_while(Result::ok);
+    lines.filter_map(|l| serde_json::from_str::<Message>(&l).ok()?.executable).last()
+}
+
+/// A cargo command without the path of cargo itself.
+fn shown_short(command: &Command) -> String {
+    let text = shown(command);
+    let program = command.get_program().to_string_lossy().into_owned();
+    text.replacen(&program, &Path::new("cargo").display().to_string(), 1)
+}
