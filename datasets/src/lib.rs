@@ -1,5 +1,30 @@
 //! Loaders of public benchmarks and generators of the synthetic tasks behind the nano checkpoints.
 //!
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
+//! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
+//! - [`gsm8k`], [`arithmetic()`]: GSM8K and tables in its form as [`Arithmetic`] problems.
+//!
+//! A benchmark is read from a local folder or from the hub ([`nics_base::hub::Source`]), in JSONL, parquet or CSV and
+//! in the layouts that it is found in:
+//!
+//! ```no_run
+//! use nics_base::hub::Hub;
+//! use nics_datasets::{Benchmark, Part};
+//!
+//! let source = Hub::from_env().resolve_dataset(Benchmark::Ceval.hub_id())?;
+//! let shots = Benchmark::Ceval.load(&source, Part::Dev, &["logic".into()])?;
+//! let questions = Benchmark::Ceval.load(&source, Part::Validation, &["logic".into()])?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
+mod arithmetic;
+mod choice;
+mod error;
+mod layout;
+mod table;
 pub mod word_problems;
+
+pub use arithmetic::{Arithmetic, GSM8K_HUB_ID, arithmetic, gsm8k};
+pub use choice::{Benchmark, Choice};
+pub use error::{DatasetError, Result};
+pub use layout::Part;

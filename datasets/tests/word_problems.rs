@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use nics_datasets::word_problems::{Lang, Plan, Problem, Split, generate, problem, templates};
+use nics_datasets::word_problems::{Lang, Plan, Problem, Split, Template, generate, problem, templates};
 use proptest::prelude::*;
 
 /// Every integer in `text`, in order.
@@ -133,7 +133,7 @@ fn any_problem_can_be_made_alone() {
 #[test]
 fn every_template_is_used_in_both_languages_for_every_plan() {
     let used: HashSet<String> = generate(Split::Train, 5_000, 1).map(|p| p.template).collect();
-    let declared: HashSet<String> = templates().iter().map(|t| t.name()).collect();
+    let declared: HashSet<String> = templates().iter().map(Template::name).collect();
     assert_eq!(declared.len(), templates().len(), "two templates share a name");
     assert_eq!(used, declared);
     for lang in [Lang::En, Lang::Zh] {

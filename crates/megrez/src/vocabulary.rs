@@ -73,7 +73,9 @@ pub enum VocabularyError {
         specials: usize,
     },
     /// The texts hold fewer distinct merges than asked for.
-    #[error("the texts give only {found} of the {asked} ordinary entries asked for; give more text or ask for fewer")]
+    #[error(
+        "the texts give only {found} of the {asked} ordinary entries asked for; give more text or ask for fewer"
+    )]
     TooLittleText {
         /// Ordinary entries found, bytes included.
         found: usize,

@@ -70,10 +70,8 @@ impl Hub {
             Some(rest) => user.join(rest),
             None => PathBuf::from(path),
         };
-        let home = var("HF_HOME").map(expand).unwrap_or_else(|| {
-            let caches = var("XDG_CACHE_HOME").map_or_else(|| user.join(".cache"), expand);
-            caches.join("huggingface")
-        });
+        let caches = var("XDG_CACHE_HOME").map_or_else(|| user.join(".cache"), expand);
+        let home = var("HF_HOME").map_or_else(|| caches.join("huggingface"), expand);
         let cache = var("HF_HUB_CACHE").or_else(|| var("HUGGINGFACE_HUB_CACHE")).map(expand);
         let token = var("HF_TOKEN").or_else(|| var("HUGGING_FACE_HUB_TOKEN")).or_else(|| {
             let file = var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), expand);
@@ -84,7 +82,8 @@ impl Hub {
             var(name).is_some_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
         };
         let seconds = |name: &str, default| {
-            let given = var(name).and_then(|v| v.parse::<f64>().ok()).filter(|s| (0.001..=86_400.0).contains(s));
+            let given =
+                var(name).and_then(|v| v.parse::<f64>().ok()).filter(|s| (0.001..=86_400.0).contains(s));
             Duration::from_secs_f64(given.unwrap_or(default))
         };
         Self {
@@ -122,7 +121,7 @@ impl Hub {
         if path.is_dir() {
             return Ok(Source::folder(path));
         }
-        let refuse = |reason| Err(HubError::BadArgument { arg: arg.to_owned(), reason });
+        let refuse = |reason| Err(HubError::BadArgument { arg: arg.into(), reason });
         if arg.is_empty() {
             return refuse("it is empty");
         }
@@ -134,14 +133,16 @@ impl Hub {
             return refuse("there is no such folder, and a hub id has the form org/name");
         }
         if !id.split('/').all(is_id_part) || id.len() > 96 || id.contains("--") || id.contains("..") {
-            return refuse("there is no such folder, and a hub id has only letters, digits, `-`, `_` and `.`");
+            return refuse(
+                "there is no such folder, and a hub id has only letters, digits, `-`, `_` and `.`",
+            );
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
         if !revision.chars().all(plain) || revision.split('/').any(|p| matches!(p, "" | "." | "..")) {
             return refuse("its revision is not the name of a branch or tag, nor a commit");
         }
         if !self.endpoint.starts_with("http://") && !self.endpoint.starts_with("https://") {
-            return Err(HubError::BadEndpoint { endpoint: self.endpoint.clone() });
+            return Err(HubError::BadEndpoint { endpoint: self.endpoint.as_str().into() });
         }
         let repo = Repo::with_revision(id.to_owned(), kind, revision.to_owned());
         Ok(Source(Place::Hub(Box::new(Remote { hub: self.clone(), id: id.to_owned(), repo }))))
@@ -208,7 +209,7 @@ impl Source {
                 if path.is_file() {
                     return Ok(path);
                 }
-                Err(HubError::NotInFolder { folder: folder.clone(), file: name.to_owned() })
+                Err(HubError::NotInFolder { folder: folder.as_path().into(), file: name.into() })
             }
             Place::Hub(remote) => remote.file(name),
         }
@@ -220,8 +221,11 @@ impl Source {
     pub fn try_file(&self, name: &str) -> Result<Option<PathBuf>, HubError> {
         match self.file(name) {
             Ok(path) => Ok(Some(path)),
-            Err(HubError::NotInFolder { .. } | HubError::NotInRepo { .. }) => Ok(None),
-            Err(HubError::Offline { snapshot: Some(_), .. }) => Ok(None),
+            Err(
+                HubError::NotInFolder { .. }
+                | HubError::NotInRepo { .. }
+                | HubError::Offline { revision_cached: true, .. },
+            ) => Ok(None),
             Err(other) => Err(other),
         }
     }
@@ -244,8 +248,12 @@ impl Source {
 /// Refuses names that would leave the folder; they come from index files, which anybody may have written.
 fn check_name(name: &str) -> Result<(), HubError> {
     let inside = Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
-    if name.is_empty() || !inside || name.contains(['\\', '\0', '?', '#', '%']) || name.chars().any(char::is_control) {
-        return Err(HubError::BadFileName { file: name.to_owned() });
+    if name.is_empty()
+        || !inside
+        || name.contains(['\\', '\0', '?', '#', '%'])
+        || name.chars().any(char::is_control)
+    {
+        return Err(HubError::BadFileName { file: name.into() });
     }
     Ok(())
 }
@@ -316,20 +324,20 @@ impl Remote {
 
     fn offline(&self, file: &str) -> HubError {
         HubError::Offline {
-            id: self.id.clone(),
-            revision: self.repo.revision().to_owned(),
-            file: file.to_owned(),
-            cache: self.hub.cache.path().clone(),
-            snapshot: self.snapshot(),
+            id: self.id.as_str().into(),
+            revision: self.repo.revision().into(),
+            file: file.into(),
+            cache: self.hub.cache_dir().into(),
+            revision_cached: self.snapshot().is_some(),
         }
     }
 
     fn not_in_repo(&self, file: &str) -> HubError {
         HubError::NotInRepo {
-            id: self.id.clone(),
-            revision: self.repo.revision().to_owned(),
-            file: file.to_owned(),
-            endpoint: self.hub.endpoint.clone(),
+            id: self.id.as_str().into(),
+            revision: self.repo.revision().into(),
+            file: file.into(),
+            endpoint: self.hub.endpoint.as_str().into(),
         }
     }
 }

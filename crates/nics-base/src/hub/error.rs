@@ -1,19 +1,23 @@
 //! What can keep a file of a model or dataset from being there.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::exit::TryAgain;
 
 /// Why a model, a dataset or one of its files could not be had.
+///
+/// What may pass (a network that is down, a busy server or lock) has a [`TryAgain`] for its source.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
     /// Neither a folder nor a hub id.
-    #[error("cannot use `{arg}` as a model or dataset: {reason} (give a folder, or a hub id org/name[@revision])")]
+    #[error(
+        "cannot use `{arg}` as a model or dataset: {reason} (give a folder, or a hub id org/name[@revision])"
+    )]
     BadArgument {
         /// What was given.
-        arg: String,
+        arg: Box<str>,
         /// What is wrong with it.
         reason: &'static str,
     },
@@ -21,33 +25,35 @@ pub enum HubError {
     #[error("HF_ENDPOINT is `{endpoint}`; it must start with http:// or https://")]
     BadEndpoint {
         /// The value.
-        endpoint: String,
+        endpoint: Box<str>,
     },
     /// A file name that leads out of the repository.
-    #[error("`{file}` is not the name of a file inside a model or dataset: it must be relative, without `..`")]
+    #[error(
+        "`{file}` is not the name of a file inside a model or dataset: it must be relative, without `..`"
+    )]
     BadFileName {
         /// The name.
-        file: String,
+        file: Box<str>,
     },
     /// A local folder lacks the file.
     #[error("{} has no file {file}", folder.display())]
     NotInFolder {
         /// The folder.
-        folder: PathBuf,
+        folder: Box<Path>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
     },
     /// The repository lacks the file.
     #[error("{id} at revision {revision} on {endpoint} has no file {file}")]
     NotInRepo {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// Branch, tag or commit.
-        revision: String,
+        revision: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
     },
     /// The hub does not know the repository.
     #[error(
@@ -56,27 +62,27 @@ pub enum HubError {
     )]
     NoSuchRepo {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
     },
     /// The repository has no such revision.
     #[error("{id} on {endpoint} has no revision `{revision}`; give a branch, tag or commit after the @")]
     NoSuchRevision {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The revision asked for.
-        revision: String,
+        revision: Box<str>,
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
     },
     /// 401 or 403.
     #[error("{endpoint} refuses {id} (HTTP status {status}): {mend}")]
     Denied {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
         /// 401 or 403.
         status: u16,
         /// What to do.
@@ -90,15 +96,15 @@ pub enum HubError {
     )]
     Offline {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// Branch, tag or commit.
-        revision: String,
+        revision: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// The cache folder.
-        cache: PathBuf,
-        /// Where other files of this revision are, if any are cached.
-        snapshot: Option<PathBuf>,
+        cache: Box<Path>,
+        /// Whether other files of this revision are cached.
+        revision_cached: bool,
     },
     /// No connection, or it broke.
     #[error(
@@ -108,13 +114,13 @@ pub enum HubError {
     )]
     Unreachable {
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// The cache folder.
-        cache: PathBuf,
+        cache: Box<Path>,
         /// What the connection said.
         #[source]
         reason: TryAgain,
@@ -126,11 +132,11 @@ pub enum HubError {
     )]
     Timeout {
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// Which wait was too long.
         #[source]
         reason: TryAgain,
@@ -139,11 +145,11 @@ pub enum HubError {
     #[error("{endpoint} answered {file} of {id} with HTTP status {status}")]
     Status {
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// The status.
         status: u16,
         /// Set where the status may pass (429 and 5xx).
@@ -154,11 +160,11 @@ pub enum HubError {
     #[error("{endpoint} answered {file} of {id} with something that is not a hub's answer: {reason}")]
     BadAnswer {
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// What is wrong with it.
         reason: String,
     },
@@ -166,11 +172,11 @@ pub enum HubError {
     #[error("another process is downloading {file} of {id} (lock {}); wait for it", lock.display())]
     Busy {
         /// The repository.
-        id: String,
+        id: Box<str>,
         /// The file asked for.
-        file: String,
+        file: Box<str>,
         /// The lock file.
-        lock: PathBuf,
+        lock: Box<Path>,
         /// That it may pass.
         #[source]
         reason: TryAgain,

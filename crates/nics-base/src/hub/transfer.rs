@@ -205,7 +205,12 @@ fn request<B>(remote: &Remote, mut request: ureq::RequestBuilder<B>) -> ureq::Re
     }
 }
 
-fn get(remote: &Remote, agent: &Agent, url: &str, range: Option<&str>) -> Result<Response<Body>, ureq::Error> {
+fn get(
+    remote: &Remote,
+    agent: &Agent,
+    url: &str,
+    range: Option<&str>,
+) -> Result<Response<Body>, ureq::Error> {
     let request = request(remote, agent.get(url));
     match range {
         Some(range) => request.header("range", range).call(),
@@ -223,9 +228,9 @@ fn lock(remote: &Remote, name: &str, path: &Path) -> Result<File, HubError> {
         }
         if start.elapsed() > LOCK_PATIENCE {
             return Err(HubError::Busy {
-                id: remote.id.clone(),
-                file: name.to_owned(),
-                lock: path.to_owned(),
+                id: remote.id.as_str().into(),
+                file: name.into(),
+                lock: path.into(),
                 reason: TryAgain(format!("still locked after {} s", LOCK_PATIENCE.as_secs())),
             });
         }
@@ -270,8 +275,9 @@ fn note_absence(remote: &Remote, name: &str, headers: &HeaderMap) {
 impl Remote {
     /// The error for an HTTP status that is none of success.
     fn refused(&self, file: &str, status: u16, headers: &HeaderMap) -> HubError {
-        let (id, endpoint) = (self.id.clone(), self.hub.endpoint.clone());
-        let revision = self.repo.revision().to_owned();
+        let (id, endpoint): (Box<str>, Box<str>) =
+            (self.id.as_str().into(), self.hub.endpoint.as_str().into());
+        let revision = self.repo.revision().into();
         let code = headers.get("x-error-code").and_then(|c| c.to_str().ok()).unwrap_or_default();
         match (status, code) {
             (_, "EntryNotFound") => self.not_in_repo(file),
@@ -302,16 +308,19 @@ impl Remote {
             _ => HubError::Status {
                 endpoint,
                 id,
-                file: file.to_owned(),
+                file: file.into(),
                 status,
-                passing: (status == 429 || status >= 500).then(|| TryAgain("this may pass; try again later".into())),
+                passing: (status == 429 || status >= 500)
+                    .then(|| TryAgain("this may pass; try again later".into())),
             },
         }
     }
 
     /// The error for a request that got no answer, or a body that broke off.
     fn failed(&self, file: &str, error: &ureq::Error) -> HubError {
-        let (id, endpoint, file) = (self.id.clone(), self.hub.endpoint.clone(), file.to_owned());
+        let (id, endpoint): (Box<str>, Box<str>) =
+            (self.id.as_str().into(), self.hub.endpoint.as_str().into());
+        let file = file.into();
         let late = match error {
             ureq::Error::Timeout(_) => true,
             ureq::Error::Io(e) => e.kind() == io::ErrorKind::TimedOut,
@@ -324,9 +333,11 @@ impl Remote {
             ureq::Error::LargeResponseHeader(..)
             | ureq::Error::BodyExceedsLimit(_)
             | ureq::Error::TooManyRedirects
-            | ureq::Error::RedirectFailed => HubError::BadAnswer { endpoint, id, file, reason: error.to_string() },
+            | ureq::Error::RedirectFailed => {
+                HubError::BadAnswer { endpoint, id, file, reason: error.to_string() }
+            }
             _ => {
-                let cache = self.hub.cache.path().clone();
+                let cache = self.hub.cache_dir().into();
                 HubError::Unreachable { endpoint, id, file, cache, reason: TryAgain(error.to_string()) }
             }
         }
@@ -334,9 +345,9 @@ impl Remote {
 
     fn bad_answer(&self, file: &str, reason: &str) -> HubError {
         HubError::BadAnswer {
-            endpoint: self.hub.endpoint.clone(),
-            id: self.id.clone(),
-            file: file.to_owned(),
+            endpoint: self.hub.endpoint.as_str().into(),
+            id: self.id.as_str().into(),
+            file: file.into(),
             reason: reason.to_owned(),
         }
     }

@@ -3,8 +3,8 @@
 use super::{Plan, Wording};
 
 pub(super) const PEOPLE: &[&str] = &[
-    "Emma", "Liam", "Olivia", "Noah", "Ava", "Lucas", "Mia", "Ethan", "Sophia", "Jack", "Grace", "Leo", "Nora", "Sam",
-    "Zoe", "Ben", "Ruby", "Tom", "Lily", "Max", "Ella", "Oscar", "Anna", "Henry",
+    "Emma", "Liam", "Olivia", "Noah", "Ava", "Lucas", "Mia", "Ethan", "Sophia", "Jack", "Grace", "Leo",
+    "Nora", "Sam", "Zoe", "Ben", "Ruby", "Tom", "Lily", "Max", "Ella", "Oscar", "Anna", "Henry",
 ];
 
 /// Measure word (none in English) and plural.
@@ -36,11 +36,7 @@ pub(super) const ITEMS: &[(&str, &str)] = &[
 ];
 
 pub(super) const WORDINGS: [Wording; 30] = [
-    (
-        Plan::Add,
-        "{n} has {a} {i} and buys {b} more. How many {i} does {n} have now?",
-        "{n} now has {1} {i}.",
-    ),
+    (Plan::Add, "{n} has {a} {i} and buys {b} more. How many {i} does {n} have now?", "{n} now has {1} {i}."),
     (
         Plan::Add,
         "{n} found {a} {i} and {m} found {b} {i}. How many {i} did they find together?",
@@ -71,11 +67,7 @@ pub(super) const WORDINGS: [Wording; 30] = [
         "{n} shares {a} {i} equally among {b} friends. How many {i} does each friend get?",
         "Each friend gets {1} {i}.",
     ),
-    (
-        Plan::Div,
-        "{n} puts {a} {i} into bags of {b}. How many bags does {n} fill?",
-        "{n} fills {1} bags.",
-    ),
+    (Plan::Div, "{n} puts {a} {i} into bags of {b}. How many bags does {n} fill?", "{n} fills {1} bags."),
     (
         Plan::AddSub,
         "{n} had {a} {i}, bought {b} more and then gave away {c}. How many {i} are left?",
