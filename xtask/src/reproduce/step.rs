@@ -117,8 +117,11 @@ impl Unit<'_> {
             return Ok(Outcome::Fresh);
         }
         let partial = stamp.filter(|s| resume && s.key == key && s.outputs.is_none());
-        let stamp = partial.unwrap_or_else(|| Stamp { key, shards: Vec::new(), outputs: None });
-        self.prepare(&stamp)?;
+        let stamp = match partial {
+            Some(partial) => partial,
+            None => self.begin(key)?,
+        };
+        fs::create_dir_all(self.dir()).with_context(|| format!("cannot make {}", self.dir().display()))?;
         match self.run(&program, stamp, interrupt) {
             Ok(usage) => Ok(Outcome::Done(usage)),
             Err(e) => {
@@ -176,17 +179,15 @@ impl Unit<'_> {
         Ok(hash::value(&parts)?)
     }
 
-    /// An empty folder with a stamp that says "begun", or the partial one as it is.
-    fn prepare(&self, stamp: &Stamp) -> Result<()> {
-        let dir = self.dir();
-        if Stamp::read(&self.stamp()).as_ref() != Some(stamp) {
-            // The stamp goes first: whatever happens now, nobody takes the folder for a finished one.
-            remove(&self.stamp(), |p| fs::remove_file(p))?;
-            remove(&dir, |p| fs::remove_dir_all(p))?;
-            remove(&self.log(), |p| fs::remove_file(p))?;
-            stamp.write(&self.stamp())?;
-        }
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))
+    /// Removes what is there and leaves a stamp that says "begun".
+    fn begin(&self, key: String) -> Result<Stamp> {
+        // The stamp goes first: whatever happens now, nobody takes the folder for a finished one.
+        remove(&self.stamp(), |p| fs::remove_file(p))?;
+        remove(&self.dir(), |p| fs::remove_dir_all(p))?;
+        remove(&self.log(), |p| fs::remove_file(p))?;
+        let stamp = Stamp { key, shards: Vec::new(), outputs: None };
+        stamp.write(&self.stamp())?;
+        Ok(stamp)
     }
 
     fn run(&self, program: &Program, stamp: Stamp, interrupt: &Interrupt) -> Result<Usage> {
