@@ -71,8 +71,19 @@ pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
 /// The benchmarks whose name contains `filter`.
 pub fn bench(ws: &Workspace, filter: Option<&str>, interrupt: &Interrupt) -> Result<()> {
     let mut command = cargo(ws);
-    // Criterion's targets alone: the harness of unit tests does not know its flags.
-    command.args(["bench", "--workspace", "--bench", "*"]);
+    command.arg("bench");
+    let mut found = false;
+    for (name, folder) in ws.packages()? {
+        if folder.join("benches").is_dir() {
+            command.args(["--package", &name]);
+            found = true;
+        }
+    }
+    if !found {
+        bail!("no crate has a benches/ folder, so there is nothing to run");
+    }
+    // Criterion's targets alone: those of unit tests would be built for nothing.
+    command.args(["--bench", "*"]);
     command.args(filter.map(|f| ["--", f]).into_iter().flatten());
     run_ok(&mut command, interrupt)
 }
