@@ -26,6 +26,9 @@ const BESIDE: [(&str, &str); 2] =
 /// Libraries of the wheel that a CPU does not use: CUDA's, Python's, and helpers of Python's multiprocessing.
 const NOT_FOR_CPU: [&str; 6] = ["cuda", "nvrtc", "nvshmem", "python", "libshm", "global_deps"];
 
+/// Knows wheels for glibc by version (`manylinux_2_28`), and several platforms at once.
+const OLDEST_PIP: u32 = 21;
+
 /// Space for wheels and unpacked folder at once.
 fn space_needed(kind: Kind) -> u64 {
     match kind {
@@ -63,14 +66,28 @@ pub fn find_python() -> Result<PathBuf> {
         );
     };
     let pip = Command::new(&python).args(["-m", "pip", "--version"]).stdin(Stdio::null()).output();
-    if !pip.is_ok_and(|o| o.status.success()) {
+    let Some(pip) = pip.ok().filter(|o| o.status.success()) else {
         bail!(
             "{} has no pip, which set-up needs to download libtorch; `apt install python3-pip` (dnf: python3-pip) \
                or `python3 -m ensurepip`, {mend}",
             python.display()
         );
+    };
+    let printed = String::from_utf8_lossy(&pip.stdout).into_owned();
+    if pip_major(&printed).is_some_and(|major| major < OLDEST_PIP) {
+        bail!(
+            "{} has {}, which does not know the names of torch's wheels; {OLDEST_PIP} or newer is needed: \
+             `python3 -m pip install --user --upgrade pip`, {mend}",
+            python.display(),
+            printed.trim()
+        );
     }
     Ok(python)
+}
+
+/// The 21 of `pip 21.3.1 from /usr/lib/…`.
+fn pip_major(printed: &str) -> Option<u32> {
+    printed.strip_prefix("pip ")?.split('.').next()?.parse().ok()
 }
 
 /// The folder of the installed torch that `LIBTORCH_USE_PYTORCH=1` stands for.
