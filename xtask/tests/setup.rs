@@ -126,6 +126,9 @@ fn no_python_or_no_pip() {
     sandbox.program("python3", "exit 1");
     let e = ends_with(&mut sandbox.bare(&["setup"]), 1);
     assert!(e.contains("has no pip") && e.contains("ensurepip") && e.contains("LIBTORCH"), "{e}");
+    sandbox.program("python3", "echo 'pip 20.0.2 from /usr/lib/python3/dist-packages/pip (python 3.8)'");
+    let e = ends_with(&mut sandbox.bare(&["setup"]), 1);
+    assert!(e.contains("has pip 20.0.2") && e.contains("21 or newer is needed"), "{e}");
     fs::remove_file(sandbox.path("bin/python3")).unwrap();
     let e = ends_with(&mut sandbox.bare(&["setup"]), 1);
     assert!(
