@@ -202,3 +202,93 @@ pub fn tokenizer_config(tokenizer: &Tokenizer, max_tokens: usize) -> Result<Valu
         "unk_token": "<|unk|>",
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nics_datasets::word_problems::{Split, generate};
+
+    fn texts() -> Vec<String> {
+        generate(Split::Train, 2_000, 0).map(|p| format!("{}\n{}", p.question, p.solution)).collect()
+    }
+
+    fn trained() -> Tokenizer {
+        train_bpe(texts().into_iter(), 640, &SPECIAL_TOKENS).unwrap()
+    }
+
+    fn ids(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+        tokenizer.encode(text, false).unwrap().get_ids().to_vec()
+    }
+
+    #[test]
+    fn the_same_texts_give_the_same_tokenizer_in_any_order() {
+        let mut reversed = texts();
+        reversed.reverse();
+        let again = train_bpe(reversed.into_iter(), 640, &SPECIAL_TOKENS).unwrap();
+        assert_eq!(again.to_string(false).unwrap(), trained().to_string(false).unwrap());
+    }
+
+    #[test]
+    fn special_tokens_follow_the_ordinary_vocabulary_in_their_order() {
+        let tokenizer = trained();
+        assert_eq!(tokenizer.get_vocab_size(true), 640);
+        for (i, token) in SPECIAL_TOKENS.iter().enumerate() {
+            let id = (640 - SPECIAL_TOKENS.len() + i) as u32;
+            assert_eq!(tokenizer.token_to_id(token), Some(id));
+            assert_eq!(ids(&tokenizer, &format!("12{token}34"))[2], id, "not taken as one token");
+        }
+        let text =
+            tokenizer.decode(&ids(&tokenizer, "<|role_start|>user<|role_end|>hi<|turn_end|>"), true).unwrap();
+        assert_eq!(text, "userhi");
+    }
+
+    #[test]
+    fn every_digit_is_a_token_and_every_text_comes_back() {
+        let tokenizer = trained();
+        assert_eq!(ids(&tokenizer, "1234567").len(), 7);
+        assert_eq!(ids(&tokenizer, "12+30=42").len(), 8);
+        for text in [
+            "",
+            " ",
+            "Emma's 12 apples\r\n\r\n  and  30 pears ",
+            "小明有12个苹果，又买了30个。",
+            "émoji 🙂 عربى ￥\u{0}\u{7f}",
+            "it's we'LL x\ty\n\n\nz",
+        ] {
+            assert_eq!(tokenizer.decode(&ids(&tokenizer, text), false).unwrap(), text);
+        }
+        assert_eq!(ids(&tokenizer, "e\u{301}"), ids(&tokenizer, "é"), "NFC, as Qwen2");
+        assert!(ids(&tokenizer, "现在有多少").len() <= 3, "common words were not merged");
+    }
+
+    #[test]
+    fn the_files_are_what_the_configuration_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = trained();
+        save(&tokenizer, dir.path(), 512).unwrap();
+        let read = Tokenizer::from_file(dir.path().join("tokenizer.json")).unwrap();
+        assert_eq!(ids(&read, "Emma has 12 apples."), ids(&tokenizer, "Emma has 12 apples."));
+        let config = std::fs::read_to_string(dir.path().join("tokenizer_config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["eos_token"], "<|turn_end|>");
+        assert_eq!(config["bos_token"], Value::Null);
+        assert_eq!(config["model_max_length"], 512);
+        let decoder = config["added_tokens_decoder"].as_object().unwrap();
+        assert_eq!(decoder.len(), SPECIAL_TOKENS.len());
+        for (id, entry) in decoder {
+            assert_eq!(read.id_to_token(id.parse().unwrap()).unwrap(), entry["content"]);
+        }
+        assert!(config["chat_template"].as_str().unwrap().contains(DEFAULT_SYSTEM));
+    }
+
+    #[test]
+    fn what_cannot_be_trained_is_refused() {
+        let train =
+            |size, specials: &[&str]| train_bpe(texts().into_iter(), size, specials).unwrap_err().to_string();
+        assert!(train(200, &SPECIAL_TOKENS).contains("ask for at least 275"));
+        assert!(train(1_000_000, &SPECIAL_TOKENS).contains("give more text or ask for fewer"));
+        assert!(train(640, &["<|eos|>", "a"]).contains("`a` is in the vocabulary already"));
+        let bare = train_bpe(texts().into_iter(), 640, &["<|eos|>"]).unwrap();
+        assert!(tokenizer_config(&bare, 512).unwrap_err().to_string().contains("has no token `<|unk|>`"));
+    }
+}
