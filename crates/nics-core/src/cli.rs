@@ -109,18 +109,21 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// [`Error::Input`] when a value is out of range, or when a limit on the draw is given where nothing is drawn.
-    pub fn over(&self, own: Sampling) -> Result<Sampling> {
+    pub fn over(&self, own: &Sampling) -> Result<Sampling> {
         let sampling = Sampling {
             temperature: if self.greedy { 0.0 } else { self.temperature.unwrap_or(own.temperature) },
             top_k: self.top_k.unwrap_or(own.top_k),
             top_p: self.top_p.unwrap_or(own.top_p),
             min_p: self.min_p.unwrap_or(own.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(own.repetition_penalty),
-            ..own
+            ..own.clone()
         };
         sampling.validate()?;
-        let limits =
-            [("--top-k", self.top_k.is_some()), ("--top-p", self.top_p.is_some()), ("--min-p", self.min_p.is_some())];
+        let limits = [
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+        ];
         if let Some((flag, _)) = limits.iter().find(|(_, given)| *given && sampling.temperature == 0.0) {
             return Err(Error::Input(format!(
                 "{flag} has no effect because the likeliest token is always chosen: give --temperature above 0 too"
@@ -153,21 +156,6 @@ pub struct PluginSpec {
     pub spec: String,
 }
 
-impl PluginSpec {
-    /// The value that `known` has under this name.
-    ///
-    /// # Errors
-    /// [`Error::Input`] that lists the names that this binary knows.
-    pub fn find<'a, T>(&self, flag: &str, known: &'a [(&str, T)]) -> Result<&'a T> {
-        let names = || match known.iter().map(|(name, _)| *name).collect::<Vec<_>>()[..] {
-            [] => "none: build it with the feature `with-<method>` of the method".to_owned(),
-            ref names => names.join(", "),
-        };
-        let found = known.iter().find(|(name, _)| *name == self.name).map(|(_, value)| value);
-        found.ok_or_else(|| Error::Input(format!("{flag} {}: this binary knows {}", self.name, names())))
-    }
-}
-
 impl FromStr for PluginSpec {
     type Err = String;
 
@@ -175,7 +163,9 @@ impl FromStr for PluginSpec {
         let (name, spec) = s.split_once(':').unwrap_or((s, ""));
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if name.is_empty() || !name.chars().all(plain) {
-            return Err(format!("{name:?} is no method's name: expected NAME or NAME:SPEC, e.g. dense or some-method:4bit"));
+            return Err(format!(
+                "{name:?} is no method's name: expected NAME or NAME:SPEC, e.g. dense or some-method:4bit"
+            ));
         }
         if spec.is_empty() && s.contains(':') {
             return Err(format!("nothing follows the colon of {s:?}: give {name}:SPEC, or {name} alone"));
@@ -207,6 +197,7 @@ mod tests {
     use super::*;
     use clap::{CommandFactory, Parser};
 
+    /// Does all of it.
     #[derive(Debug, Parser)]
     struct All {
         #[command(flatten)]
@@ -231,13 +222,14 @@ mod tests {
         All::try_parse_from(["x", "--model", "m"].iter().chain(flags)).map_err(|e| e.to_string())
     }
 
-    fn sampled(flags: &[&str], own: Sampling) -> Result<Sampling> {
+    fn sampled(flags: &[&str], own: &Sampling) -> Result<Sampling> {
         parse(flags).unwrap().sampling.over(own)
     }
 
     #[test]
     fn the_groups_fit_together_and_default_to_the_cpu() {
         All::command().debug_assert();
+        assert_eq!(All::command().get_about().unwrap().to_string(), "Does all of it");
         let args = parse(&[]).unwrap();
         assert_eq!((args.model.device, args.model.dtype), (DeviceSpec::Cpu, DtypeSpec::Auto));
         let args = parse(&["--device", "cuda:1", "--dtype", "bf16", "--threads", "2"]).unwrap();
@@ -251,16 +243,17 @@ mod tests {
     #[test]
     fn flags_win_over_the_models_own_settings() {
         let own = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
-        assert_eq!(sampled(&[], own.clone()).unwrap(), own);
-        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], own.clone()).unwrap();
+        assert_eq!(sampled(&[], &own).unwrap(), own);
+        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], &own).unwrap();
         assert_eq!(mixed, Sampling { temperature: 0.3, top_k: 5, ..own.clone() });
-        assert_eq!(sampled(&["--greedy"], own.clone()).unwrap().temperature, 0.0);
-        assert!(sampled(&["--temperature", "999999"], own).is_err());
+        let greedy = sampled(&["--greedy"], &own).unwrap();
+        assert_eq!(greedy, Sampling { temperature: 0.0, ..own.clone() });
+        assert!(sampled(&["--temperature", "999999"], &own).is_err());
     }
 
     #[test]
     fn limits_on_a_draw_that_does_not_happen_are_refused() {
-        let e = sampled(&["--top-p", "0.5"], Sampling::default()).unwrap_err().to_string();
+        let e = sampled(&["--top-p", "0.5"], &Sampling::default()).unwrap_err().to_string();
         assert!(e.contains("--top-p has no effect") && e.contains("--temperature above 0"), "{e}");
         assert!(parse(&["--greedy", "--top-k", "4"]).unwrap_err().contains("cannot be used with"));
     }
@@ -275,15 +268,5 @@ mod tests {
         assert!(args.plugins.weights.is_none());
         assert!(parse(&["--weights", ":4bit"]).unwrap_err().contains("NAME or NAME:SPEC"));
         assert!(parse(&["--weights", "packed:"]).unwrap_err().contains("nothing follows the colon"));
-    }
-
-    #[test]
-    fn an_unknown_plugin_is_told_what_there_is() {
-        let spec: PluginSpec = "b".parse().unwrap();
-        assert_eq!(spec.find("--kv", &[("a", 1), ("b", 2)]).unwrap(), &2);
-        let e = spec.find("--kv", &[("a", 1), ("dense", 2)]).unwrap_err().to_string();
-        assert_eq!(e, "--kv b: this binary knows a, dense");
-        let e = spec.find::<()>("--kv", &[]).unwrap_err().to_string();
-        assert!(e.contains("with-<method>"), "{e}");
     }
 }

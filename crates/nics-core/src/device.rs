@@ -40,8 +40,11 @@ impl DeviceSpec {
                 if index < count {
                     return Ok(Device::Cuda(index));
                 }
-                let have = if count == 1 { "there is one, cuda:0".into() } else { format!("there are {count}") };
-                Err(Error::Device(format!("no CUDA device cuda:{index}: {have} (CUDA_VISIBLE_DEVICES counts)")))
+                let have =
+                    if count == 1 { "there is one, cuda:0".into() } else { format!("there are {count}") };
+                Err(Error::Device(format!(
+                    "no CUDA device cuda:{index}: {have} (CUDA_VISIBLE_DEVICES counts)"
+                )))
             }
             Self::Auto => match open_cuda() {
                 Ok(_) => Ok(Device::Cuda(0)),

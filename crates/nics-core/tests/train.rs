@@ -31,7 +31,8 @@ fn the_loss_goes_down_and_every_step_is_reported() {
         ..Hooks::default()
     };
     let config = TrainConfig { eval_every: 40, log_every: 10, ..config(100) };
-    let summary = trainer(&toy, config, dir.path()).unwrap().run(&mut |micro| toy.loss(micro), hooks).unwrap();
+    let summary =
+        trainer(&toy, config, dir.path()).unwrap().run(&mut |micro| toy.loss(micro), hooks).unwrap();
     assert_eq!(seen.iter().map(|p| p.step).collect::<Vec<_>>(), (1..=100).collect::<Vec<_>>());
     assert!(seen[0].loss > 1.9, "eight classes start near ln 8: {}", seen[0].loss);
     assert!(seen[99].loss < 0.5 * seen[0].loss, "{} -> {}", seen[0].loss, seen[99].loss);
@@ -58,12 +59,19 @@ fn micro_batches_add_up_to_one_big_batch() {
     let cuts = [0, 5, 6, 15, 24];
     let train = |accumulation: u64| {
         let (toy, dir) = (Toy::new(), tempdir().unwrap());
-        let config = TrainConfig { accumulation, clip: 0.5, ..config(4) };
+        let config = TrainConfig { accumulation, clip: 0.5, ..config(8) };
         let mut loss = |micro: nics_core::train::Micro| {
             let whole = nics_core::train::Micro { index: micro.step, ..micro };
             let (x, labels) = toy.batch(whole.rng(), 24);
-            let (from, to) = if accumulation == 1 { (0, 24) } else { (cuts[micro.micro as usize], cuts[micro.micro as usize + 1]) };
-            masked_cross_entropy(&toy.logits(&x.narrow(0, from, to - from)), &labels.narrow(0, from, to - from))
+            let (from, to) = if accumulation == 1 {
+                (0, 24)
+            } else {
+                (cuts[micro.micro as usize], cuts[micro.micro as usize + 1])
+            };
+            masked_cross_entropy(
+                &toy.logits(&x.narrow(0, from, to - from)),
+                &labels.narrow(0, from, to - from),
+            )
         };
         let summary = trainer(&toy, config, dir.path()).unwrap().run(&mut loss, Hooks::default()).unwrap();
         (summary, toy)
@@ -98,7 +106,11 @@ fn an_interrupted_run_resumes_to_the_bit() {
             let interrupt = Interrupt::never();
             let stop = interrupt.clone();
             let until = trainer.step() + 9;
-            let mut progress = |p: Progress| if p.step == until { stop.request() };
+            let mut progress = |p: Progress| {
+                if p.step == until {
+                    stop.request()
+                }
+            };
             let hooks = Hooks { interrupt, progress: Some(&mut progress), evaluate: Some(&mut evaluate) };
             match trainer.run(&mut |m| toy.loss(m), hooks) {
                 Err(TrainError::Interrupted { step, steps, .. }) => stops.push((step, steps)),
@@ -122,7 +134,8 @@ fn rows_past_the_saved_state_are_written_anew() {
     let broken = TrainError::Caller("the disk of the data is gone".into());
     let mut broken = Some(broken);
     // Saved at 7 and 14; rows up to 18; then the data fails.
-    let mut loss = |m: nics_core::train::Micro| if m.step == 19 { Err(broken.take().unwrap()) } else { toy.loss(m) };
+    let mut loss =
+        |m: nics_core::train::Micro| if m.step == 19 { Err(broken.take().unwrap()) } else { toy.loss(m) };
     let e = trainer(&toy, config(30), dir.path()).unwrap().run(&mut loss, Hooks::default()).unwrap_err();
     assert_eq!(e.to_string(), "the disk of the data is gone");
     assert_eq!(untimed_log(dir.path()).last().unwrap()["step"], 18);
@@ -181,7 +194,7 @@ fn the_state_of_another_run_is_refused_by_the_field_that_differs() {
     run(&Toy::new(), config(10), dir.path()).unwrap();
     let before = fs::read(dir.path().join(STATE_FILE)).unwrap();
     let refused = |params: Vec<(String, Tensor)>, config: TrainConfig, identity: Value, parts: [&str; 3]| {
-        let e = Trainer::new(params, config, identity, dir.path()).unwrap_err();
+        let e = Trainer::new(params, config, &identity, dir.path()).unwrap_err();
         assert!(matches!(e, TrainError::ForeignState { .. }), "{e}");
         let text = e.to_string();
         assert!(parts.iter().all(|part| text.contains(part)) && text.contains(STATE_FILE), "{text}");
@@ -218,7 +231,8 @@ fn a_damaged_state_is_an_error_that_names_the_file() {
     run(&Toy::new(), config(10), dir.path()).unwrap();
     let path = dir.path().join(STATE_FILE);
     let whole = fs::read(&path).unwrap();
-    let mut foreign = safetensors::serialize(Vec::<(&str, safetensors::tensor::TensorView)>::new(), None).unwrap();
+    let mut foreign =
+        safetensors::serialize(Vec::<(&str, safetensors::tensor::TensorView)>::new(), None).unwrap();
     foreign.truncate(foreign.len());
     for bytes in [&whole[..whole.len() / 2], &whole[..4], &[0xff; 64], &foreign] {
         fs::write(&path, bytes).unwrap();
@@ -250,7 +264,8 @@ fn losses_that_cannot_be_trained_on_name_the_step_and_leave_the_weights() {
             before = toy.bits();
             loss(&toy)
         };
-        let e = trainer(&toy, config(10), dir.path()).unwrap().run(&mut at_third, Hooks::default()).unwrap_err();
+        let e =
+            trainer(&toy, config(10), dir.path()).unwrap().run(&mut at_third, Hooks::default()).unwrap_err();
         assert_eq!(before, toy.bits());
         assert!(e.to_string().contains("step 3"), "{e}");
         e
@@ -275,7 +290,8 @@ fn losses_that_cannot_be_trained_on_name_the_step_and_leave_the_weights() {
 fn a_parameter_without_gradient_is_left_alone() {
     let (toy, dir) = (Toy::new(), tempdir().unwrap());
     let before = train_toy::floats(&toy.w2);
-    let mut loss = |_| Ok(Loss { sum: toy.w1.square().sum(Kind::Float) + toy.b1.square().sum(Kind::Float), tokens: 1 });
+    let mut loss =
+        |_| Ok(Loss { sum: toy.w1.square().sum(Kind::Float) + toy.b1.square().sum(Kind::Float), tokens: 1 });
     trainer(&toy, config(10), dir.path()).unwrap().run(&mut loss, Hooks::default()).unwrap();
     assert_eq!(train_toy::floats(&toy.w2), before);
     assert_ne!(train_toy::floats(&toy.w1), train_toy::floats(&Toy::new().w1));
@@ -287,7 +303,7 @@ fn parameters_that_cannot_be_trained_are_refused_by_name() {
     let refused = |params: Vec<(&str, Tensor)>, part: &str| {
         let dir = tempdir().unwrap();
         let params = params.into_iter().map(|(n, t)| (n.to_owned(), t)).collect();
-        let e = Trainer::new(params, config(10), Value::Null, dir.path()).unwrap_err();
+        let e = Trainer::new(params, config(10), &Value::Null, dir.path()).unwrap_err();
         assert!(matches!(e, TrainError::Input(_)), "{e}");
         assert!(e.to_string().contains(part), "{e}");
     };
@@ -302,7 +318,8 @@ fn parameters_that_cannot_be_trained_are_refused_by_name() {
 
 #[test]
 fn settings_out_of_range_are_refused_by_name() {
-    let change: [(&str, fn(&mut TrainConfig)); 12] = [
+    type Change = fn(&mut TrainConfig);
+    let change: [(&str, Change); 12] = [
         ("steps", |c| c.steps = 0),
         ("accumulation", |c| c.accumulation = 0),
         ("lr", |c| c.lr = f64::NAN),
@@ -324,6 +341,7 @@ fn settings_out_of_range_are_refused_by_name() {
     }
     config(10).validate().unwrap();
     TrainConfig::default().validate().unwrap();
-    let unknown = serde_json::from_value::<TrainConfig>(json!({"learning_rate": 1.0})).unwrap_err().to_string();
+    let unknown =
+        serde_json::from_value::<TrainConfig>(json!({"learning_rate": 1.0})).unwrap_err().to_string();
     assert!(unknown.contains("learning_rate"), "{unknown}");
 }

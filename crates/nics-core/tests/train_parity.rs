@@ -1,6 +1,6 @@
 //! Optimiser, clipping, schedule and loss against torch and transformers (`golden/train/train.py`).
 
-use nics_core::tch::{Kind, Tensor};
+use nics_core::tch::{Device, Kind, Tensor};
 use nics_core::train::{
     AdamW, AdamWOptions, Schedule, TrainError, clip_coefficient, global_norm, masked_cross_entropy,
 };
@@ -33,9 +33,8 @@ fn assert_close(found: &Tensor, expected: &Value, what: &str) {
 fn adamw_makes_the_steps_of_torch() {
     let golden = &golden()["adamw"];
     let names: Vec<&String> = golden["shapes"].as_object().unwrap().keys().collect();
-    let shape = |name: &str| -> Vec<i64> {
-        numbers(&golden["shapes"][name]).into_iter().map(|n| n as i64).collect()
-    };
+    let shape =
+        |name: &str| -> Vec<i64> { numbers(&golden["shapes"][name]).into_iter().map(|n| n as i64).collect() };
     let params = names
         .iter()
         .map(|name| {
@@ -55,12 +54,18 @@ fn adamw_makes_the_steps_of_torch() {
     for (i, step) in steps.iter().enumerate() {
         let grads: Vec<_> = names
             .iter()
-            .map(|name| Some(&step["grads"][name.as_str()]).filter(|g| !g.is_null()).map(|g| tensor(g, &shape(name))))
+            .map(|name| {
+                Some(&step["grads"][name.as_str()]).filter(|g| !g.is_null()).map(|g| tensor(g, &shape(name)))
+            })
             .collect();
         optimizer.step(&grads, step["lr"].as_f64().unwrap()).unwrap();
         for (at, name) in names.iter().enumerate() {
             let name = name.as_str();
-            assert_close(&optimizer.params()[at].detach(), &step["params"][name], &format!("step {i}, {name}"));
+            assert_close(
+                &optimizer.params()[at].detach(),
+                &step["params"][name],
+                &format!("step {i}, {name}"),
+            );
             assert_close(&optimizer.moments()[at].m, &step["m"][name], &format!("step {i}, m of {name}"));
             assert_close(&optimizer.moments()[at].v, &step["v"][name], &format!("step {i}, v of {name}"));
         }
@@ -98,7 +103,10 @@ fn the_schedule_is_transformers() {
             Schedule { steps: int("steps"), warmup: int("warmup"), floor: case["floor"].as_f64().unwrap() };
         for (step, factor) in numbers(&case["factors"]).into_iter().enumerate() {
             let found = schedule.factor(step as u64);
-            assert!((found - factor).abs() < 1e-12, "{schedule:?} at {step}: {found}, transformers has {factor}");
+            assert!(
+                (found - factor).abs() < 1e-12,
+                "{schedule:?} at {step}: {found}, transformers has {factor}"
+            );
         }
     }
 }
@@ -118,7 +126,7 @@ fn cross_entropy_sums_over_the_rows_that_count() {
 
 #[test]
 fn labels_and_logits_that_do_not_fit_are_refused() {
-    let logits = Tensor::zeros([2, 5], (Kind::Float, nics_core::tch::Device::Cpu));
+    let logits = Tensor::zeros([2, 5], (Kind::Float, Device::Cpu));
     let refused = |logits: &Tensor, labels: Tensor, part: &str| {
         let e = masked_cross_entropy(logits, &labels).unwrap_err();
         assert!(matches!(e, TrainError::Input(_)));

@@ -90,6 +90,11 @@ impl TrainConfig {
     }
 }
 
-fn check(field: &'static str, value: impl std::fmt::Display, holds: bool, expected: &'static str) -> Result<()> {
+fn check(
+    field: &'static str,
+    value: impl std::fmt::Display,
+    holds: bool,
+    expected: &'static str,
+) -> Result<()> {
     if holds { Ok(()) } else { Err(TrainError::Config { field, found: value.to_string(), expected }) }
 }

@@ -23,7 +23,9 @@ pub enum TrainError {
     #[error("{0}")]
     Input(String),
     /// A loss or a gradient is not finite; the weights are still those of the step before.
-    #[error("step {step}: {what} is not finite ({value}); lower lr, warm up for longer or look at this batch")]
+    #[error(
+        "step {step}: {what} is not finite ({value}); lower lr, warm up for longer or look at this batch"
+    )]
     NotFinite {
         /// The step, counted from 1.
         step: u64,

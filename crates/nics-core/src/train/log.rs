@@ -66,9 +66,8 @@ pub(super) fn cut_after(log: &JsonlLog<LogRow>, rows: &mut Vec<LogRow>, step: u6
         return Ok(());
     }
     rows.truncate(kept);
-    cut_lines(log.path(), kept).map_err(|source| {
-        TrainError::Core(crate::Error::Io { path: log.path().to_owned(), source })
-    })
+    cut_lines(log.path(), kept)
+        .map_err(|source| TrainError::Core(crate::Error::Io { path: log.path().to_owned(), source }))
 }
 
 fn cut_lines(path: &Path, kept: usize) -> std::io::Result<()> {

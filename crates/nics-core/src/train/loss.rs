@@ -42,8 +42,16 @@ pub fn masked_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
     let beyond = labels.f_lt(0)?.f_logical_or(&labels.f_ge(vocab)?)?.f_logical_and(&counted)?;
     if beyond.f_any()?.f_int64_value(&[])? != 0 {
         let label = labels.f_masked_select(&beyond)?.f_int64_value(&[0])?;
-        return Err(TrainError::Input(format!("label {label} is neither below the vocabulary of {vocab} nor {IGNORED}")));
+        return Err(TrainError::Input(format!(
+            "label {label} is neither below the vocabulary of {vocab} nor {IGNORED}"
+        )));
     }
-    let sum = logits.f_to_kind(Kind::Float)?.f_cross_entropy_loss(labels, None::<Tensor>, Reduction::Sum, IGNORED, 0.0)?;
+    let sum = logits.f_to_kind(Kind::Float)?.f_cross_entropy_loss(
+        labels,
+        None::<Tensor>,
+        Reduction::Sum,
+        IGNORED,
+        0.0,
+    )?;
     Ok(Loss { sum, tokens: counted.f_sum(Kind::Int64)?.f_int64_value(&[])? })
 }

@@ -105,15 +105,20 @@ impl Trainer {
     /// [`TrainError::Config`] and [`TrainError::Input`] for settings and parameters that cannot be trained with,
     /// [`TrainError::ForeignState`] when `dir` belongs to a run with another config, identity or other parameters,
     /// [`TrainError::DamagedState`] when its state cannot be read, `Busy` when another process trains there.
-    pub fn new(params: Vec<(String, Tensor)>, config: TrainConfig, identity: Value, dir: &Path) -> Result<Self> {
+    pub fn new(
+        params: Vec<(String, Tensor)>,
+        config: TrainConfig,
+        identity: &Value,
+        dir: &Path,
+    ) -> Result<Self> {
         config.validate()?;
         let optimizer = AdamW::new(params, config.adamw())?;
         let average = (config.ema > 0.0)
-            .then(|| optimizer.params().iter().map(|p| p.f_detach_copy()).collect::<Result<_, _>>())
+            .then(|| optimizer.params().iter().map(Tensor::f_detach_copy).collect::<Result<_, _>>())
             .transpose()?;
         // Opened before the state is read: the log's lock guards the folder.
         let (log, rows) = JsonlLog::open(dir.join(METRICS_FILE))?;
-        let position = Position::start(as_read(&config)?, as_read(&identity)?);
+        let position = Position::start(as_read(&config)?, as_read(identity)?);
         let state = dir.join(STATE_FILE);
         let mut trainer = Self { config, optimizer, average, position, resumed: false, state, log, rows };
         if let Some((position, tensors)) = load(&trainer.state)? {
@@ -178,8 +183,16 @@ impl Trainer {
         if let Some(average) = &self.average {
             copy_into(self.optimizer.params(), average)?;
         }
-        let last = self.rows.iter().rev().find_map(|row| if let LogRow::Step(r) = row { Some(r.clone()) } else { None });
-        let eval = self.rows.iter().rev().find_map(|row| if let LogRow::Eval(r) = row { Some(r.clone()) } else { None });
+        let last = self
+            .rows
+            .iter()
+            .rev()
+            .find_map(|row| if let LogRow::Step(r) = row { Some(r.clone()) } else { None });
+        let eval = self
+            .rows
+            .iter()
+            .rev()
+            .find_map(|row| if let LogRow::Eval(r) = row { Some(r.clone()) } else { None });
         Ok(Summary { steps, tokens: self.position.tokens, seconds: self.position.seconds, last, eval })
     }
 
@@ -251,7 +264,7 @@ impl Trainer {
     fn with_average<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(average) = &self.average else { return f() };
         let params = self.optimizer.params();
-        let own = params.iter().map(|p| p.f_detach_copy()).collect::<Result<Vec<_>, _>>()?;
+        let own = params.iter().map(Tensor::f_detach_copy).collect::<Result<Vec<_>, _>>()?;
         copy_into(params, average)?;
         let result = f();
         copy_into(params, &own)?;
@@ -319,7 +332,11 @@ impl Trainer {
         let shapes = self.optimizer.names().iter().zip(self.optimizer.params());
         for (name, param) in shapes {
             let Some(found) = tensors.get(&format!("param/{name}")) else {
-                return foreign((format!("parameter {name}"), "absent".into(), format!("{:?}", param.size())));
+                return foreign((
+                    format!("parameter {name}"),
+                    "absent".into(),
+                    format!("{:?}", param.size()),
+                ));
             };
             if found.size() != param.size() {
                 let (found, expected) = (format!("{:?}", found.size()), format!("{:?}", param.size()));

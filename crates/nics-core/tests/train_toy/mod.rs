@@ -4,7 +4,9 @@
 use std::path::Path;
 
 use nics_core::tch::{Device, Kind, Tensor};
-use nics_core::train::{Loss, METRICS_FILE, Micro, Result, STATE_FILE, TrainConfig, Trainer, masked_cross_entropy};
+use nics_core::train::{
+    Loss, METRICS_FILE, Micro, Result, STATE_FILE, TrainConfig, Trainer, masked_cross_entropy,
+};
 use rand::RngExt;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +51,8 @@ impl Toy {
         let labels: Vec<i64> = (0..rows).map(|_| rng.random_range(0..CLASSES)).collect();
         let noise = uniform(&mut rng, &[rows, INPUT]) * 0.2;
         let points = self.directions.index_select(0, &Tensor::from_slice(&labels)) + noise;
-        let masked = labels.iter().enumerate().map(|(i, &l)| if i % 3 == 2 { -100 } else { l }).collect::<Vec<_>>();
+        let masked =
+            labels.iter().enumerate().map(|(i, &l)| if i % 3 == 2 { -100 } else { l }).collect::<Vec<_>>();
         (points, Tensor::from_slice(&masked))
     }
 
@@ -68,11 +71,19 @@ pub fn floats(t: &Tensor) -> Vec<f32> {
 }
 
 pub fn config(steps: u64) -> TrainConfig {
-    TrainConfig { steps, lr: 0.02, warmup: 5, save_every: 7, log_every: 3, seed: 11, ..TrainConfig::default() }
+    TrainConfig {
+        steps,
+        lr: 0.02,
+        warmup: 5,
+        save_every: 7,
+        log_every: 3,
+        seed: 11,
+        ..TrainConfig::default()
+    }
 }
 
 pub fn trainer(toy: &Toy, config: TrainConfig, dir: &Path) -> Result<Trainer> {
-    Trainer::new(toy.params(), config, json!({"data": "directions"}), dir)
+    Trainer::new(toy.params(), config, &json!({"data": "directions"}), dir)
 }
 
 /// The log without what a clock wrote.
@@ -92,7 +103,8 @@ pub fn untimed_log(dir: &Path) -> Vec<Value> {
 pub fn state_tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let bytes = std::fs::read(dir.join(STATE_FILE)).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let mut tensors: Vec<_> = file.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect();
+    let mut tensors: Vec<_> =
+        file.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect();
     tensors.sort();
     assert!(!tensors.is_empty());
     tensors
