@@ -20,6 +20,9 @@ enum State {
 
 /// Prints the findings. An error when the build cannot work.
 pub fn doctor(ws: &Workspace) -> Result<()> {
+    // Without libtorch yet, the space to download it is not optional.
+    let to_download =
+        setup::version_of(&ws.libtorch()).is_none() && matches!(setup::own_libtorch(ws), Ok(None));
     let findings = [
         libtorch(ws),
         compiler(ws),
@@ -29,8 +32,8 @@ pub fn doctor(ws: &Workspace) -> Result<()> {
         tool("ffmpeg", "videos can be neither read nor written as MP4; install ffmpeg"),
         cache(ws),
         huggingface_cache(),
-        disk("workspace", &ws.root, 5_000_000_000),
-        disk("cache", &ws.cache, 1_300_000_000),
+        disk("workspace", &ws.root, 5_000_000_000, State::Note),
+        disk("cache", &ws.cache, 1_300_000_000, if to_download { State::Bad } else { State::Note }),
     ];
     let mut bad = 0;
     for (name, state, text) in findings {
@@ -155,12 +158,12 @@ fn huggingface_cache() -> Finding {
     found("Hugging Face cache", State::Good, format!("{dir}{state}{offline}"))
 }
 
-fn disk(what: &str, dir: &Path, wanted: u64) -> Finding {
+fn disk(what: &str, dir: &Path, wanted: u64, short: State) -> Finding {
     let name = format!("disk, {what}");
     match free_bytes(dir) {
         Some(free) if free < wanted => found(
             &name,
-            State::Note,
+            short,
             format!(
                 "{} free at {}; builds and set-up want {}",
                 gigabytes(free),

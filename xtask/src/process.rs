@@ -97,10 +97,18 @@ fn write_line(log: &Mutex<File>, line: &[u8]) {
 pub fn start(command: &mut Command) -> Result<Child> {
     command.process_group(0);
     #[cfg(target_os = "linux")]
-    // SAFETY: the closure runs between fork and exec and makes one system call, which allocates nothing.
+    let parent = rustix::process::getpid();
+    #[cfg(target_os = "linux")]
+    // SAFETY: the closure runs between fork and exec and makes two system calls, which allocate nothing.
     unsafe {
-        command.pre_exec(|| {
-            rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(io::Error::from)
+        command.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            // Killed between fork and here, we would have been told of no death.
+            if rustix::process::getppid() == Some(parent) {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
         });
     }
     command.spawn().with_context(|| format!("cannot start {}", shown(command)))

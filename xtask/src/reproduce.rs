@@ -42,9 +42,9 @@ pub struct Args {
     /// Which experiment file: `nano` runs in minutes on a CPU, `paper` needs the paper's hardware
     #[arg(long, default_value = "nano")]
     pub preset: String,
-    /// Where results go
-    #[arg(long, value_name = "DIR", default_value = "reports")]
-    pub out: PathBuf,
+    /// Where results go; default: reports/ in the workspace
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
     /// Continue steps that an interrupted run left half done, instead of starting those clean
     #[arg(long)]
     pub resume: bool,
@@ -56,9 +56,10 @@ pub struct Args {
 /// Runs what is missing or stale, then renders the report.
 pub fn reproduce(ws: &Workspace, args: &Args, interrupt: &Interrupt) -> Result<()> {
     let plans = plans(ws, args)?;
-    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    let out = args.out.clone().unwrap_or_else(|| ws.root.join("reports"));
+    fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     // Steps run in the workspace root, wherever this command was typed.
-    let out = args.out.canonicalize()?;
+    let out = out.canonicalize()?;
     let _lock = lock(&out)?;
     let binaries = build(ws, &plans, interrupt)?;
     let mut results = Vec::new();
@@ -248,7 +249,7 @@ fn run_plan(
 fn profile(results: &[Ran]) -> String {
     let mut table = String::from("| step | wall (s) | peak memory (MiB) |\n|---|---:|---:|\n");
     for ran in results {
-        if let Outcome::Done(usage) = &ran.outcome {
+        if let Some(usage) = ran.outcome.usage() {
             let mib = usage.peak_bytes / (1 << 20);
             let _ = writeln!(table, "| {} | {:.1} | {mib} |", ran.name, usage.wall.as_secs_f64());
         }
@@ -262,8 +263,9 @@ fn summary(results: &[Ran], out: &Path) -> Result<()> {
     let (done, fresh) = (count(|o| matches!(o, Outcome::Done(_))), count(|o| matches!(o, Outcome::Fresh)));
     let (failed, skipped) =
         (count(|o| matches!(o, Outcome::Failed(_))), count(|o| matches!(o, Outcome::Skipped(_))));
+    let seconds: f64 = results.iter().filter_map(|r| r.outcome.usage()).map(|u| u.wall.as_secs_f64()).sum();
     println!(
-        "{done} steps done, {fresh} up to date, {failed} failed, {skipped} skipped; report in {}",
+        "{done} steps done in {seconds:.1} s, {fresh} up to date, {failed} failed, {skipped} skipped; report in {}",
         out.display()
     );
     if failed == 0 {

@@ -297,3 +297,13 @@ fn doctor_names_what_is_missing() {
     let line = text.lines().find(|l| l.contains("C++ compiler")).unwrap();
     assert!(line.starts_with("MEND") && line.contains("apt install g++"), "{line}");
 }
+
+/// `cargo xtask doctor | head -1` is no error.
+#[test]
+fn a_reader_that_closes_the_pipe_is_no_error() {
+    let sandbox = machine();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = sandbox.bare(&["doctor"]).stdout(writer).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+}

@@ -130,7 +130,7 @@ pub fn main_exit(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
         }
         Err(payload) => {
             let message = panic_message(payload.as_ref());
-            if message.contains("failed printing to stdout") && message.contains("Broken pipe") {
+            if is_closed_pipe_panic(&message) {
                 return Exit::Ok.into();
             }
             let place = place.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -151,6 +151,9 @@ fn quiet_panics() -> Arc<Mutex<Option<String>>> {
     let main_thread = std::thread::current().id();
     panic::set_hook(Box::new(move |info| {
         *seen.lock().unwrap_or_else(PoisonError::into_inner) = info.location().map(ToString::to_string);
+        if is_closed_pipe_panic(&panic_message(info.payload())) {
+            return;
+        }
         // Panics of other threads reach nobody else.
         if std::env::var_os("RUST_BACKTRACE").is_some_and(|v| v != "0")
             || std::thread::current().id() != main_thread
@@ -159,6 +162,11 @@ fn quiet_panics() -> Arc<Mutex<Option<String>>> {
         }
     }));
     place
+}
+
+/// What `println!` says when the reader of stdout is gone.
+fn is_closed_pipe_panic(message: &str) -> bool {
+    message.contains("failed printing to stdout") && message.contains("Broken pipe")
 }
 
 /// The message of a caught panic.

@@ -210,6 +210,29 @@ mod tests {
         assert_eq!(e.exit().code(), 75);
     }
 
+    proptest::proptest! {
+        /// Whatever is in the file, opening it succeeds or names a line, and a second opening finds the same.
+        #[test]
+        fn any_bytes_are_opened_or_refused(bytes in proptest::collection::vec(
+            proptest::sample::select(b"{}[]\"12,:a\n\r \0\xff".to_vec()), 0..60)) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("log.jsonl");
+            fs::write(&path, &bytes).unwrap();
+            match JsonlLog::<serde_json::Value>::open(&path) {
+                Ok((log, old)) => {
+                    drop(log);
+                    let (_log, again) = JsonlLog::<serde_json::Value>::open(&path).unwrap();
+                    proptest::prop_assert_eq!(old, again);
+                }
+                Err(Error::CorruptLine { line, .. }) => {
+                    proptest::prop_assert!(line <= bytes.split(|&b| b == b'\n').count());
+                    proptest::prop_assert_eq!(fs::read(&path).unwrap(), bytes);
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+
     #[test]
     fn finish_renames() {
         let (dir, path) = log_of(2);

@@ -59,6 +59,11 @@ impl Outcome {
     pub fn is_good(&self) -> bool {
         matches!(self, Self::Fresh | Self::Done(_))
     }
+
+    /// What a step that ran took.
+    pub fn usage(&self) -> Option<Usage> {
+        if let Self::Done(usage) = self { Some(*usage) } else { None }
+    }
 }
 
 /// One step with one of its seeds.
