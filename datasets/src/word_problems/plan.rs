@@ -134,19 +134,22 @@ impl Plan {
 
     /// Inclusive bounds of the given numbers. All start at 2: a template may put any of them before a plural.
     pub fn bounds(self) -> &'static [(i64, i64)] {
-        const ADDEND: (i64, i64) = (2, 99);
+        const TERM: (i64, i64) = (2, 99);
         const FACTOR: (i64, i64) = (2, 9);
+        const MULTIPLICAND: (i64, i64) = (2, 50);
         match self {
-            Self::Add | Self::Sub => &[ADDEND, ADDEND],
-            Self::Mul => &[FACTOR, ADDEND],
-            Self::Div => &[(6, 891), FACTOR],
-            Self::AddSub => &[ADDEND, ADDEND, ADDEND],
-            Self::MulAdd | Self::MulSub => &[FACTOR, ADDEND, ADDEND],
-            Self::SumMul | Self::DiffMul | Self::SumDiv => &[ADDEND, ADDEND, FACTOR],
-            Self::LessMul => &[(20, 300), FACTOR, (2, 50)],
-            Self::MulDiv => &[FACTOR, ADDEND, FACTOR],
-            Self::TwoMul => &[FACTOR, (2, 50), FACTOR, (2, 50)],
-            Self::SumMulSub | Self::SumDivAdd => &[ADDEND, ADDEND, FACTOR, ADDEND],
+            Self::Add | Self::Sub => &[TERM, TERM],
+            Self::Mul => &[FACTOR, MULTIPLICAND],
+            Self::Div => &[(6, 450), FACTOR],
+            Self::AddSub => &[TERM, TERM, TERM],
+            Self::MulAdd | Self::MulSub => &[FACTOR, MULTIPLICAND, MULTIPLICAND],
+            Self::SumMul => &[MULTIPLICAND, MULTIPLICAND, FACTOR],
+            Self::DiffMul | Self::SumDiv => &[TERM, TERM, FACTOR],
+            Self::LessMul => &[(20, 200), FACTOR, MULTIPLICAND],
+            Self::MulDiv => &[FACTOR, MULTIPLICAND, FACTOR],
+            Self::TwoMul => &[FACTOR, MULTIPLICAND, FACTOR, MULTIPLICAND],
+            Self::SumMulSub => &[MULTIPLICAND, MULTIPLICAND, FACTOR, MULTIPLICAND],
+            Self::SumDivAdd => &[TERM, TERM, FACTOR, TERM],
         }
     }
 
@@ -184,8 +187,8 @@ impl Plan {
         }
     }
 
-    /// Carries the plan out, or `None` where `numbers` do not fit it: out of bounds, a result below 2 or above 999, a
-    /// division that leaves a remainder, a product or quotient beyond one digit times two digits.
+    /// Carries the plan out, or `None` where `numbers` do not fit it: out of bounds, a result below 2, a
+    /// division that leaves a remainder, a product or quotient beyond 9 times 50.
     pub fn work(self, numbers: &[i64]) -> Option<Worked> {
         let bounds = self.bounds();
         let fits = numbers.len() == bounds.len()
@@ -203,11 +206,11 @@ impl Plan {
             let result = match step.operator {
                 Operator::Plus => left + right,
                 Operator::Minus => left - right,
-                Operator::Times if left.min(right) <= 9 && left.max(right) <= 99 => left * right,
-                Operator::Over if left % right == 0 && left / right <= 99 => left / right,
+                Operator::Times if left.min(right) <= 9 && left.max(right) <= 50 => left * right,
+                Operator::Over if left % right == 0 && left / right <= 50 => left / right,
                 Operator::Times | Operator::Over => return None,
             };
-            if !(2..=999).contains(&result) {
+            if result < 2 {
                 return None;
             }
             worked.equations.push(format!("{left}{}{right}={result}", step.operator.sign()));
