@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -47,12 +47,7 @@ pub fn train(ws: &Workspace, name: &str, extra: &[String], interrupt: &Interrupt
             known.join(", ")
         );
     };
-    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let training: Training =
-        toml::from_str(&text).with_context(|| format!("{} is not a valid training", file.display()))?;
-    if !ws.packages()?.contains_key(&training.package) {
-        bail!("{} names package {:?}, which is not in the workspace", file.display(), training.package);
-    }
+    let training = read(ws, file)?;
     for input in &training.inputs {
         if !ws.root.join(input).exists() {
             bail!("{} needs {input}, which is not there", file.display());
@@ -74,6 +69,16 @@ pub fn train(ws: &Workspace, name: &str, extra: &[String], interrupt: &Interrupt
     run_ok(Command::new(program).args(args).args(extra).current_dir(&ws.root), interrupt)
 }
 
+fn read(ws: &Workspace, file: &Path) -> Result<Training> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let training: Training =
+        toml::from_str(&text).with_context(|| format!("{} is not a valid training", file.display()))?;
+    if !ws.packages()?.contains_key(&training.package) {
+        bail!("{} names package {:?}, which is not in the workspace", file.display(), training.package);
+    }
+    Ok(training)
+}
+
 /// The experiment files of all trainings, by name.
 fn files(ws: &Workspace) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
@@ -90,4 +95,17 @@ fn files(ws: &Workspace) -> Result<BTreeMap<String, PathBuf>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_trainings_of_this_workspace_are_valid() {
+        let ws = Workspace::locate(None).unwrap();
+        for file in files(&ws).unwrap().values() {
+            read(&ws, file).unwrap_or_else(|e| panic!("{e:#}"));
+        }
+    }
 }
