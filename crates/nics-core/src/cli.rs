@@ -1,7 +1,7 @@
 //! Flag groups of binaries that run models. Those without a model (`--seed`, `--out`, `--json`, `--shard`, logging) and
 //! the edge of `main` come from `nics-base` and are re-exported.
 //!
-//! ```no_run
+//! ```no_run,standalone_crate
 //! use clap::Parser;
 //! use nics_core::cli::{ModelArgs, SamplingArgs, main_exit};
 //!
@@ -109,15 +109,14 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// [`Error::Input`] when a value is out of range, or when a limit on the draw is given where nothing is drawn.
-    pub fn over(&self, own: &Sampling) -> Result<Sampling> {
-        let sampling = Sampling {
-            temperature: if self.greedy { 0.0 } else { self.temperature.unwrap_or(own.temperature) },
-            top_k: self.top_k.unwrap_or(own.top_k),
-            top_p: self.top_p.unwrap_or(own.top_p),
-            min_p: self.min_p.unwrap_or(own.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(own.repetition_penalty),
-            ..own.clone()
-        };
+    pub fn over(&self, own: Sampling) -> Result<Sampling> {
+        let mut sampling = own;
+        let zero = self.greedy.then_some(0.0);
+        put(&mut sampling.temperature, zero.or(self.temperature));
+        put(&mut sampling.top_k, self.top_k);
+        put(&mut sampling.top_p, self.top_p);
+        put(&mut sampling.min_p, self.min_p);
+        put(&mut sampling.repetition_penalty, self.repetition_penalty);
         sampling.validate()?;
         let limits = [
             ("--top-k", self.top_k.is_some()),
@@ -180,6 +179,12 @@ impl fmt::Display for PluginSpec {
     }
 }
 
+fn put<T>(field: &mut T, flag: Option<T>) {
+    if let Some(value) = flag {
+        *field = value;
+    }
+}
+
 fn not_empty(s: &str) -> std::result::Result<String, String> {
     if s.is_empty() { Err("is empty".into()) } else { Ok(s.to_owned()) }
 }
@@ -222,7 +227,7 @@ mod tests {
         All::try_parse_from(["x", "--model", "m"].iter().chain(flags)).map_err(|e| e.to_string())
     }
 
-    fn sampled(flags: &[&str], own: &Sampling) -> Result<Sampling> {
+    fn sampled(flags: &[&str], own: Sampling) -> Result<Sampling> {
         parse(flags).unwrap().sampling.over(own)
     }
 
@@ -243,17 +248,17 @@ mod tests {
     #[test]
     fn flags_win_over_the_models_own_settings() {
         let own = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
-        assert_eq!(sampled(&[], &own).unwrap(), own);
-        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], &own).unwrap();
+        assert_eq!(sampled(&[], own.clone()).unwrap(), own);
+        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], own.clone()).unwrap();
         assert_eq!(mixed, Sampling { temperature: 0.3, top_k: 5, ..own.clone() });
-        let greedy = sampled(&["--greedy"], &own).unwrap();
+        let greedy = sampled(&["--greedy"], own.clone()).unwrap();
         assert_eq!(greedy, Sampling { temperature: 0.0, ..own.clone() });
-        assert!(sampled(&["--temperature", "999999"], &own).is_err());
+        assert!(sampled(&["--temperature", "999999"], own).is_err());
     }
 
     #[test]
     fn limits_on_a_draw_that_does_not_happen_are_refused() {
-        let e = sampled(&["--top-p", "0.5"], &Sampling::default()).unwrap_err().to_string();
+        let e = sampled(&["--top-p", "0.5"], Sampling::default()).unwrap_err().to_string();
         assert!(e.contains("--top-p has no effect") && e.contains("--temperature above 0"), "{e}");
         assert!(parse(&["--greedy", "--top-k", "4"]).unwrap_err().contains("cannot be used with"));
     }

@@ -108,7 +108,7 @@ fn an_interrupted_run_resumes_to_the_bit() {
             let until = trainer.step() + 9;
             let mut progress = |p: Progress| {
                 if p.step == until {
-                    stop.request()
+                    stop.request();
                 }
             };
             let hooks = Hooks { interrupt, progress: Some(&mut progress), evaluate: Some(&mut evaluate) };

@@ -5,14 +5,14 @@
 //! micro batch holds depends on seed and step alone ([`Micro::rng`]), a run killed at any moment continues from its last
 //! saved state to the same weights and the same log as a run that was never killed (at an equal thread count).
 //!
-//! ```
+//! ```no_run,standalone_crate
 //! use nics_core::train::{Hooks, Loss, TrainConfig, Trainer};
 //! use nics_core::tch::{Device, Kind, Tensor};
 //!
 //! let w = Tensor::zeros([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
 //! let dir = tempfile::tempdir()?;
 //! let config = TrainConfig { steps: 200, lr: 0.1, warmup: 10, weight_decay: 0.0, ..TrainConfig::default() };
-//! let mut trainer = Trainer::new(vec![("w".into(), w.shallow_clone())], config, &serde_json::Value::Null, dir.path())?;
+//! let mut trainer = Trainer::new(vec![("w".into(), w.shallow_clone())], config, (), dir.path())?;
 //! // Loss (w - 3)^2, one "token" a batch. Running the same program again would find the work done.
 //! trainer.run(&mut |_| Ok(Loss { sum: (&w - 3.).square().sum(Kind::Float), tokens: 1 }), Hooks::default())?;
 //! assert!((w.f_double_value(&[0])? - 3.).abs() < 0.05);

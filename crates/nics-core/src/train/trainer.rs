@@ -8,6 +8,7 @@ use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::JsonlLog;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
+use serde::Serialize;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
@@ -99,7 +100,7 @@ impl Trainer {
     /// state of this run, weights, optimiser and log are put back to it.
     ///
     /// `identity` is what else makes the run what it is (model, data, split), compared on resume like `config`;
-    /// [`Value::Null`] is nothing.
+    /// `()` is nothing.
     ///
     /// # Errors
     /// [`TrainError::Config`] and [`TrainError::Input`] for settings and parameters that cannot be trained with,
@@ -108,7 +109,7 @@ impl Trainer {
     pub fn new(
         params: Vec<(String, Tensor)>,
         config: TrainConfig,
-        identity: &Value,
+        identity: impl Serialize,
         dir: &Path,
     ) -> Result<Self> {
         config.validate()?;
@@ -118,7 +119,7 @@ impl Trainer {
             .transpose()?;
         // Opened before the state is read: the log's lock guards the folder.
         let (log, rows) = JsonlLog::open(dir.join(METRICS_FILE))?;
-        let position = Position::start(as_read(&config)?, as_read(identity)?);
+        let position = Position::start(as_read(&config)?, as_read(&identity)?);
         let state = dir.join(STATE_FILE);
         let mut trainer = Self { config, optimizer, average, position, resumed: false, state, log, rows };
         if let Some((position, tensors)) = load(&trainer.state)? {
@@ -444,7 +445,7 @@ fn copy_into<T: std::borrow::Borrow<Tensor>>(into: &[Tensor], from: &[T]) -> Res
 }
 
 /// A value as it comes back from a file: numbers may lose their last bit on the way, and then do on both sides.
-fn as_read(value: &impl serde::Serialize) -> Result<Value> {
+fn as_read(value: &impl Serialize) -> Result<Value> {
     let json = |source| nics_base::Error::Json { what: "the settings of a training run".into(), source };
     let text = serde_json::to_string(value).map_err(json)?;
     Ok(serde_json::from_str(&text).map_err(json)?)

@@ -83,7 +83,7 @@ pub fn config(steps: u64) -> TrainConfig {
 }
 
 pub fn trainer(toy: &Toy, config: TrainConfig, dir: &Path) -> Result<Trainer> {
-    Trainer::new(toy.params(), config, &json!({"data": "directions"}), dir)
+    Trainer::new(toy.params(), config, json!({"data": "directions"}), dir)
 }
 
 /// The log without what a clock wrote.
