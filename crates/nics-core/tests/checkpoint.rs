@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nics_base::hub::Hub;
 use nics_core::checkpoint::{Checkpoint, CheckpointError, DEFAULT_SHARD_BYTES, Dtype, TensorPath, save};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -203,6 +204,32 @@ fn explicit_files() {
     assert_eq!(checkpoint.dir(), folder);
     let none = Checkpoint::open_files(&folder.join("config.json"), &[]);
     assert!(matches!(none, Err(CheckpointError::NoWeights { .. })));
+}
+
+#[test]
+fn a_model_in_the_cache_of_the_hub() {
+    let cache = tempfile::tempdir().unwrap();
+    let repo = cache.path().join("models--org--tiny");
+    let snapshot = repo.join("snapshots/0123456789012345678901234567890123456789");
+    save(&snapshot, [("w".to_owned(), Tensor::from_slice(&[1.0f32]))], &config(), 1).unwrap();
+    std::fs::create_dir_all(repo.join("refs")).unwrap();
+    std::fs::write(repo.join("refs/main"), "0123456789012345678901234567890123456789").unwrap();
+    let cached = cache.path().display().to_string();
+    let hub = Hub::from_vars(|name| match name {
+        "HF_HUB_CACHE" => Some(cached.clone()),
+        "HF_HUB_OFFLINE" => Some("1".to_owned()),
+        _ => None,
+    });
+    let checkpoint = Checkpoint::open_source(hub.resolve_model("org/tiny").unwrap()).unwrap();
+    assert_eq!((checkpoint.name(), checkpoint.dir()), ("org/tiny", snapshot.as_path()));
+    assert!(checkpoint.try_file("tokenizer.json").unwrap().is_none());
+    let e = checkpoint.file("tokenizer.json").unwrap_err().to_string();
+    assert_eq!(e, "org/tiny has no tokenizer.json");
+    let e = Checkpoint::open_source(hub.resolve_model("org/other").unwrap()).unwrap_err();
+    assert!(matches!(e, CheckpointError::Hub(_)), "{e}");
+    assert!(e.to_string().contains("HF_HUB_OFFLINE is set"), "{e}");
+    let e = Checkpoint::open("neither folder nor id").unwrap_err().to_string();
+    assert!(e.starts_with("cannot use `neither folder nor id` as a model or dataset"), "{e}");
 }
 
 #[test]

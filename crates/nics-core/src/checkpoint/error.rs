@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use nics_base::hub::HubError;
+
 /// What can be wrong with a checkpoint on disk, with a tensor read from it, or while one is written.
 ///
 /// Messages name the file and the key, what was found, what was expected and, where there is one, the mend.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
-    /// The model argument is neither a folder nor an id that the hub client could resolve.
+    /// There is no folder of that name.
     #[error(
         "{path} is not a folder: give a folder with config.json and weights, or a hub id org/name[@revision]"
     )]
@@ -16,6 +18,9 @@ pub enum CheckpointError {
         /// The argument.
         path: PathBuf,
     },
+    /// The hub could not deliver the model, or the argument is neither a folder nor a hub id.
+    #[error(transparent)]
+    Hub(Box<HubError>),
     /// The operating system refused to read a file.
     #[error("cannot read {path}: {source}")]
     Unreadable {
@@ -333,6 +338,12 @@ pub enum CheckpointError {
     /// A file or folder could not be written.
     #[error("cannot save the checkpoint")]
     Artefact(#[from] nics_base::Error),
+}
+
+impl From<HubError> for CheckpointError {
+    fn from(e: HubError) -> Self {
+        Self::Hub(Box::new(e))
+    }
 }
 
 impl CheckpointError {

@@ -25,6 +25,7 @@ mod source;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nics_base::hub::{Hub, Source};
 pub use safetensors::Dtype;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -33,7 +34,7 @@ pub use error::CheckpointError;
 pub use path::{TensorPath, Transform};
 pub use save::{DEFAULT_SHARD_BYTES, save};
 
-pub(crate) use files::read_object;
+pub(crate) use files::{read_bounded, read_object};
 
 use files::WeightFiles;
 use index::Index;
@@ -46,6 +47,7 @@ pub(crate) const MAX_CONFIG: u64 = 4 << 20;
 /// Opening reads the configuration, the index and the headers; weights are touched when they are asked for.
 pub struct Checkpoint {
     name: String,
+    place: Place,
     dir: PathBuf,
     config_path: PathBuf,
     config: Map<String, Value>,
@@ -53,9 +55,20 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a folder, or a model of the hub by its id `org/name[@revision]`.
+    /// Opens a folder, or a model of the hub by its id `org/name[@revision]`, as the environment describes the hub.
     pub fn open(source: &str) -> Result<Self, CheckpointError> {
-        Self::open_dir(Path::new(source))
+        Self::open_source(Hub::from_env().resolve_model(source)?)
+    }
+
+    /// Opens a model that was resolved by the caller's own [`Hub`].
+    pub fn open_source(source: Source) -> Result<Self, CheckpointError> {
+        match source.as_folder() {
+            Some(folder) => Self::open_dir(folder),
+            None => {
+                let name = source.name();
+                Self::open_place(Place::Hub(source), name)
+            }
+        }
     }
 
     /// Opens a folder.
@@ -63,41 +76,33 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(CheckpointError::FolderMissing { path: dir.to_owned() });
         }
-        let config = dir.join("config.json");
-        if !exists(&config) {
-            return Err(CheckpointError::ConfigMissing { dir: dir.to_owned() });
-        }
-        let config_map = read_object(&config, "the configuration", MAX_CONFIG)?;
-        let weights = find_weights(dir)?;
-        let name = dir
-            .canonicalize()
-            .ok()
-            .as_deref()
-            .unwrap_or(dir)
-            .file_name()
-            .map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned());
-        Ok(Self {
-            name,
-            dir: dir.to_owned(),
-            config_path: config,
-            config: config_map,
-            weights: Arc::new(weights),
-        })
+        let real = dir.canonicalize();
+        let name = real.as_deref().unwrap_or(dir).file_name();
+        let name = name.map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned());
+        Self::open_place(Place::Folder(dir.to_owned()), name)
+    }
+
+    fn open_place(place: Place, name: String) -> Result<Self, CheckpointError> {
+        let Some(config_path) = place.find("config.json")? else {
+            return Err(CheckpointError::ConfigMissing { dir: place.label() });
+        };
+        let config = read_object(&config_path, "the configuration", MAX_CONFIG)?;
+        let weights = Arc::new(find_weights(&place)?);
+        let dir = parent(&config_path);
+        Ok(Self { name, place, dir, config_path, config, weights })
     }
 
     /// Opens explicit files, for layouts of other names. Files beside the configuration belong to the checkpoint.
     pub fn open_files(config: &Path, weights: &[PathBuf]) -> Result<Self, CheckpointError> {
         let config_map = read_object(config, "the configuration", MAX_CONFIG)?;
-        let dir = match config.parent() {
-            Some(parent) if parent != Path::new("") => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
+        let dir = parent(config);
         if weights.is_empty() {
             return Err(CheckpointError::NoWeights { dir });
         }
         let weights = Arc::new(WeightFiles::open(weights)?);
         let name = config.display().to_string();
-        Ok(Self { name, dir, config_path: config.to_owned(), config: config_map, weights })
+        let place = Place::Folder(dir.clone());
+        Ok(Self { name, place, dir, config_path: config.to_owned(), config: config_map, weights })
     }
 
     /// A short name: the hub id as given, or the folder's name.
@@ -105,24 +110,23 @@ impl Checkpoint {
         &self.name
     }
 
-    /// The folder in which the files lie.
+    /// The folder in which the files lie. Of a hub model, only those that were asked for are there.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The path of a file of the checkpoint, e.g. `tokenizer.json`.
+    /// The path of a file of the checkpoint, e.g. `tokenizer.json`; fetched from the hub if need be.
     pub fn file(&self, name: &str) -> Result<PathBuf, CheckpointError> {
-        self.try_file(name)?
-            .ok_or_else(|| CheckpointError::FileMissing { dir: self.dir.clone(), name: name.to_owned() })
+        let missing = || CheckpointError::FileMissing { dir: self.place.label(), name: name.to_owned() };
+        self.try_file(name)?.ok_or_else(missing)
     }
 
     /// As [`file`](Self::file), `None` when the checkpoint does not have it.
     pub fn try_file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
         if !index::is_plain(name) {
-            return Err(CheckpointError::FileName { dir: self.dir.clone(), name: name.to_owned() });
+            return Err(CheckpointError::FileName { dir: self.place.label(), name: name.to_owned() });
         }
-        let path = self.dir.join(name);
-        Ok(exists(&path).then_some(path))
+        self.place.find(name)
     }
 
     /// `config.json` as `T`. Errors name the field, what was found and what was expected.
@@ -217,42 +221,74 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-/// Whether something is there, broken links included: those must be reported as unreadable, not as absent.
-fn exists(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
+/// Where the files of a checkpoint come from.
+enum Place {
+    Folder(PathBuf),
+    Hub(Source),
 }
 
-/// Finds and opens the weights of a folder, in the order of transformers: the single file, then the index.
-fn find_weights(dir: &Path) -> Result<WeightFiles, CheckpointError> {
-    let single = dir.join("model.safetensors");
-    if exists(&single) {
-        return WeightFiles::open(&[single]);
-    }
-    let index_path = dir.join("model.safetensors.index.json");
-    if exists(&index_path) {
-        let index = Index::read(&index_path)?;
-        return open_shards(dir, &index_path, &index);
-    }
-    for pickle in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
-        let path = dir.join(pickle);
-        if exists(&path) {
-            return Err(CheckpointError::PickledWeights { path });
+impl Place {
+    /// The local path of a file, `None` when there is no such file. `name` is plain.
+    fn find(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
+        match self {
+            // A broken link or a folder in the place of a file is there: what is wrong with it is said on reading.
+            Self::Folder(dir) => {
+                let path = dir.join(name);
+                Ok(path.symlink_metadata().is_ok().then_some(path))
+            }
+            Self::Hub(source) => Ok(source.try_file(name)?),
         }
     }
-    Err(CheckpointError::NoWeights { dir: dir.to_owned() })
+
+    /// What messages call it.
+    fn label(&self) -> PathBuf {
+        match self {
+            Self::Folder(dir) => dir.clone(),
+            Self::Hub(source) => source.name().into(),
+        }
+    }
 }
 
-fn open_shards(dir: &Path, index_path: &Path, index: &Index) -> Result<WeightFiles, CheckpointError> {
-    let paths: Vec<PathBuf> = index.shards.iter().map(|shard| dir.join(shard)).collect();
-    if let Some(at) = paths.iter().position(|path| !exists(path)) {
-        return Err(CheckpointError::ShardMissing {
+/// The folder of a file.
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Finds and opens the weights, in the order of transformers: the single file, then the index.
+fn find_weights(place: &Place) -> Result<WeightFiles, CheckpointError> {
+    if let Some(single) = place.find("model.safetensors")? {
+        return WeightFiles::open(&[single]);
+    }
+    if let Some(path) = place.find("model.safetensors.index.json")? {
+        let index = Index::read(&path)?;
+        return open_shards(place, &path, &index);
+    }
+    for pickle in ["pytorch_model.bin.index.json", "pytorch_model.bin"] {
+        // A hub model's pickle would be gigabytes fetched only to be refused.
+        if let Place::Folder(dir) = place
+            && place.find(pickle)?.is_some()
+        {
+            return Err(CheckpointError::PickledWeights { path: dir.join(pickle) });
+        }
+    }
+    Err(CheckpointError::NoWeights { dir: place.label() })
+}
+
+fn open_shards(place: &Place, index_path: &Path, index: &Index) -> Result<WeightFiles, CheckpointError> {
+    let mut paths = Vec::with_capacity(index.shards.len());
+    for (at, shard) in index.shards.iter().enumerate() {
+        let missing = || CheckpointError::ShardMissing {
             index: index_path.to_owned(),
-            shard: header::printable(&index.shards[at]),
+            shard: header::printable(shard),
             key: header::printable(index.example(at)),
-        });
+        };
+        paths.push(place.find(shard)?.ok_or_else(missing)?);
     }
     if paths.is_empty() {
-        return Err(CheckpointError::NoWeights { dir: dir.to_owned() });
+        return Err(CheckpointError::NoWeights { dir: place.label() });
     }
     let files = WeightFiles::open(&paths)?;
     for (key, shard) in &index.keys {
