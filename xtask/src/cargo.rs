@@ -88,14 +88,18 @@ pub fn bench(ws: &Workspace, filter: Option<&str>, interrupt: &Interrupt) -> Res
     run_ok(&mut command, interrupt)
 }
 
+/// The folder of a crate of the workspace.
+pub fn crate_folder(ws: &Workspace, name: &str) -> Result<PathBuf> {
+    let mut packages = ws.packages()?;
+    packages.remove(name).with_context(|| {
+        let names: Vec<_> = packages.keys().map(String::as_str).collect();
+        format!("there is no crate {name:?}; the crates are: {}", names.join(", "))
+    })
+}
+
 /// `cargo install`, with the place of libtorch written into the binary: outside of the workspace nothing else would
 /// tell it.
-pub fn install(ws: &Workspace, name: &str, interrupt: &Interrupt) -> Result<()> {
-    let packages = ws.packages()?;
-    let Some(folder) = packages.get(name) else {
-        let names: Vec<_> = packages.keys().map(String::as_str).collect();
-        bail!("there is no crate {name:?}; the crates are: {}", names.join(", "));
-    };
+pub fn install(ws: &Workspace, folder: &Path, interrupt: &Interrupt) -> Result<()> {
     let lib = ws
         .libtorch()
         .join("lib")

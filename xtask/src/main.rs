@@ -106,8 +106,9 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Doctor => doctor::doctor(&ws),
         Task::Install { name } => {
+            let folder = cargo::crate_folder(&ws, &name)?;
             set_up()?;
-            cargo::install(&ws, &name, &interrupt)
+            cargo::install(&ws, &folder, &interrupt)
         }
         Task::Check => {
             set_up()?;

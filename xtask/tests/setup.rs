@@ -307,3 +307,12 @@ fn a_reader_that_closes_the_pipe_is_no_error() {
     let output = sandbox.bare(&["doctor"]).stdout(writer).output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
 }
+
+#[test]
+fn an_unknown_crate_is_named_before_anything_is_downloaded() {
+    let sandbox = machine();
+    sandbox.write("ws/crates/megrez/Cargo.toml", "[package]\nname = \"megrez\"\n");
+    let e = ends_with(&mut sandbox.bare(&["install", "nope"]), 1);
+    assert!(e.contains("there is no crate \"nope\"; the crates are: megrez"), "{e}");
+    nothing_usable(&sandbox);
+}
