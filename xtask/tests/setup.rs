@@ -8,10 +8,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::{Sandbox, ends_with, lines, stderr, wait_until};
-
-const VERSION_HEADER: &str =
-    "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 11\n#define TORCH_VERSION_PATCH 0\n";
+use support::{Sandbox, VERSION_HEADER, ends_with, lines, own_libtorch, stderr, wait_until, with_compiler};
 
 /// Tools of the system that the scripts need.
 fn with_coreutils(sandbox: &Sandbox) {
@@ -20,18 +17,6 @@ fn with_coreutils(sandbox: &Sandbox) {
             ["/bin", "/usr/bin"].iter().map(|d| format!("{d}/{tool}")).find(|p| fs::metadata(p).is_ok());
         symlink(found.unwrap(), sandbox.path(&format!("bin/{tool}"))).unwrap();
     }
-}
-
-/// A C++ compiler that "links" a program which prints `printed`.
-fn with_compiler(sandbox: &Sandbox, printed: &str) {
-    let count = sandbox.path("compiled").display().to_string();
-    sandbox.program(
-        "c++",
-        &format!(
-            "echo x >> {count}\nwhile [ $# -gt 0 ]; do if [ \"$1\" = -o ]; then out=$2; fi; shift; done\n\
-             printf '#!/bin/sh\\necho {printed}\\n' > $out; chmod +x $out"
-        ),
-    );
 }
 
 /// A Python whose pip runs `download` (with `$dir` to download into) and whose zipfile unpacks the smallest libtorch.
@@ -234,14 +219,6 @@ fn force_downloads_again() {
     ends_with(&mut sandbox.bare(&["setup", "--force"]), 0);
     assert_eq!(lines(&sandbox.path("downloads")), 2);
     assert!(sandbox.root().join(".libtorch/lib/libtorch_cpu.so").exists());
-}
-
-fn own_libtorch(sandbox: &Sandbox, version_header: &str) -> std::path::PathBuf {
-    for file in ["lib/libtorch_cpu.so", "lib/libc10.so", "include/ATen/core/Tensor.h"] {
-        sandbox.write(&format!("own/{file}"), "");
-    }
-    sandbox.write("own/include/torch/headeronly/version.h", version_header);
-    sandbox.path("own")
 }
 
 #[test]

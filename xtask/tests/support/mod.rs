@@ -100,3 +100,28 @@ pub fn wait_until(what: &str, done: impl Fn() -> bool) {
 pub fn lines(path: &Path) -> usize {
     fs::read_to_string(path).unwrap_or_default().lines().count()
 }
+
+/// The part of a libtorch that says what it is.
+pub const VERSION_HEADER: &str =
+    "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 11\n#define TORCH_VERSION_PATCH 0\n";
+
+/// A C++ compiler that "links" a program which prints `printed`.
+pub fn with_compiler(sandbox: &Sandbox, printed: &str) {
+    let count = sandbox.path("compiled").display().to_string();
+    sandbox.program(
+        "c++",
+        &format!(
+            "echo x >> {count}\nwhile [ $# -gt 0 ]; do if [ \"$1\" = -o ]; then out=$2; fi; shift; done\n\
+             printf '#!/bin/sh\\necho {printed}\\n' > $out; chmod +x $out"
+        ),
+    );
+}
+
+/// The smallest folder that passes for a libtorch, with a header of its own.
+pub fn own_libtorch(sandbox: &Sandbox, version_header: &str) -> PathBuf {
+    for file in ["lib/libtorch_cpu.so", "lib/libc10.so", "include/ATen/core/Tensor.h"] {
+        sandbox.write(&format!("own/{file}"), "");
+    }
+    sandbox.write("own/include/torch/headeronly/version.h", version_header);
+    sandbox.path("own")
+}
