@@ -43,6 +43,11 @@ impl Interrupt {
         if self.requested() { Err(Error::Interrupted) } else { Ok(()) }
     }
 
+    /// Takes the flag back, where a signal only stops what is under way: a reply in a chat. Gives what it was.
+    pub fn take(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
+
     /// Sets the flag as a signal would.
     pub fn request(&self) {
         self.0.store(true, Ordering::Relaxed);
