@@ -109,8 +109,8 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// [`Error::Input`] when a value is out of range, or when a limit on the draw is given where nothing is drawn.
-    pub fn over(&self, own: Sampling) -> Result<Sampling> {
-        let mut sampling = own;
+    pub fn over(&self, own: &Sampling) -> Result<Sampling> {
+        let mut sampling = own.clone();
         let zero = self.greedy.then_some(0.0);
         put(&mut sampling.temperature, zero.or(self.temperature));
         put(&mut sampling.top_k, self.top_k);
@@ -227,7 +227,7 @@ mod tests {
         All::try_parse_from(["x", "--model", "m"].iter().chain(flags)).map_err(|e| e.to_string())
     }
 
-    fn sampled(flags: &[&str], own: Sampling) -> Result<Sampling> {
+    fn sampled(flags: &[&str], own: &Sampling) -> Result<Sampling> {
         parse(flags).unwrap().sampling.over(own)
     }
 
@@ -248,17 +248,17 @@ mod tests {
     #[test]
     fn flags_win_over_the_models_own_settings() {
         let own = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
-        assert_eq!(sampled(&[], own.clone()).unwrap(), own);
-        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], own.clone()).unwrap();
+        assert_eq!(sampled(&[], &own).unwrap(), own);
+        let mixed = sampled(&["--temperature", "0.3", "--top-k", "5"], &own).unwrap();
         assert_eq!(mixed, Sampling { temperature: 0.3, top_k: 5, ..own.clone() });
-        let greedy = sampled(&["--greedy"], own.clone()).unwrap();
+        let greedy = sampled(&["--greedy"], &own).unwrap();
         assert_eq!(greedy, Sampling { temperature: 0.0, ..own.clone() });
-        assert!(sampled(&["--temperature", "999999"], own).is_err());
+        assert!(sampled(&["--temperature", "999999"], &own).is_err());
     }
 
     #[test]
     fn limits_on_a_draw_that_does_not_happen_are_refused() {
-        let e = sampled(&["--top-p", "0.5"], Sampling::default()).unwrap_err().to_string();
+        let e = sampled(&["--top-p", "0.5"], &Sampling::default()).unwrap_err().to_string();
         assert!(e.contains("--top-p has no effect") && e.contains("--temperature above 0"), "{e}");
         assert!(parse(&["--greedy", "--top-k", "4"]).unwrap_err().contains("cannot be used with"));
     }
