@@ -73,7 +73,8 @@ fn every_case_of_the_folder_is_known() {
 fn llm_forward() {
     let golden = golden();
     let model = decoder(&golden);
-    let prefill = golden.json("params.json").unwrap()["llm_forward"]["prefill_len"].as_u64().unwrap() as usize;
+    let prefill =
+        golden.json("params.json").unwrap()["llm_forward"]["prefill_len"].as_u64().unwrap() as usize;
     for name in golden.cases("llm_forward").unwrap() {
         let case = golden.tensors(&name).unwrap();
         let (b, t) = case["input_ids"].size2().unwrap();
@@ -171,7 +172,11 @@ fn llm_generate() {
         assert_eq!(whole(write(from_ids(), &plain, vec![eos])), tokens(&case["greedy_eos"]), "eos");
         let embeds = || Prompt::Embeds(model.embed(&case["prompt"].view([-1])).unwrap());
         assert_eq!(write(embeds(), &plain, vec![]), tokens(&case["greedy_embeds_plain"]), "embeds");
-        assert_eq!(write(embeds(), &penalized, vec![]), tokens(&case["greedy_embeds_rep12"]), "embeds, penalty");
+        assert_eq!(
+            write(embeds(), &penalized, vec![]),
+            tokens(&case["greedy_embeds_rep12"]),
+            "embeds, penalty"
+        );
     }
 }
 

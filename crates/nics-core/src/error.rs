@@ -24,7 +24,9 @@ pub enum Error {
     #[error("{0}")]
     Input(String),
     /// A prompt and what may follow it do not fit the model's context or the cache.
-    #[error("{need} tokens are needed but {what} holds {max}: shorten the prompt or ask for fewer new tokens")]
+    #[error(
+        "{need} tokens are needed but {what} holds {max}: shorten the prompt or ask for fewer new tokens"
+    )]
     ContextOverflow {
         /// Tokens that the request needs.
         need: usize,
@@ -71,12 +73,22 @@ pub enum Error {
         /// The operating system's word.
         source: std::io::Error,
     },
-    /// A long operation was interrupted; what it had finished is kept.
-    #[error("interrupted: {0}")]
-    Interrupted(String),
+    // Not `transparent`, which hides the inner error from whoever looks through the causes for an exit code.
+    /// Files, shards, logs, the hub; an interrupt among them.
+    #[error("{0}")]
+    Base(#[from] nics_base::Error),
+    /// Training.
+    #[error("{0}")]
+    Train(#[source] Box<crate::train::TrainError>),
     /// libtorch refused an operation; past the validated boundary this is a defect of ours.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
+}
+
+impl From<crate::train::TrainError> for Error {
+    fn from(e: crate::train::TrainError) -> Self {
+        Self::Train(Box::new(e))
+    }
 }
 
 impl Error {

@@ -150,7 +150,11 @@ impl<'a> Generator<'a> {
             return Err(Error::input("max_new_tokens is 0, expected at least 1"));
         }
         if len >= self.context {
-            return Err(Error::ContextOverflow { need: len + 1, max: self.context, what: "the model's context" });
+            return Err(Error::ContextOverflow {
+                need: len + 1,
+                max: self.context,
+                what: "the model's context",
+            });
         }
         let vocab = self.model.dims().vocab;
         let ids: &[u32] = match &request.prompt {
@@ -254,7 +258,9 @@ impl<'a> Generator<'a> {
                 continue;
             }
             match &r.prompt {
-                Prompt::Ids(prompt) => ids.extend(prompt[r.read..r.read + len].iter().map(|&id| i64::from(id))),
+                Prompt::Ids(prompt) => {
+                    ids.extend(prompt[r.read..r.read + len].iter().map(|&id| i64::from(id)))
+                }
                 Prompt::Embeds(x) => {
                     flush(&mut ids, &mut parts)?;
                     parts.push(x.f_narrow(0, r.read as i64, len as i64)?.f_to_device(device)?);

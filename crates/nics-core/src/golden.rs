@@ -76,7 +76,10 @@ impl Golden {
             } else if kinds.later.iter().any(|k| is(k)) {
                 println!("later: {name}");
             } else {
-                return Err(Error::Input(format!("{}: no test knows this kind of case", self.path(name).display())));
+                return Err(Error::Input(format!(
+                    "{}: no test knows this kind of case",
+                    self.path(name).display()
+                )));
             }
         }
         match missing.first() {
@@ -104,7 +107,8 @@ impl Golden {
     /// A JSON file of the folder.
     pub fn json(&self, name: &str) -> Result<Value> {
         let path = self.path(name);
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
         serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))
     }
 

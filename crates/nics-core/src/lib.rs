@@ -26,9 +26,11 @@ pub mod golden;
 pub mod memory;
 pub mod models;
 pub mod nn;
+pub mod plugin;
 pub mod sampling;
 pub mod seam;
 pub mod template;
+pub mod text;
 pub mod tokenizer;
 pub mod train;
 

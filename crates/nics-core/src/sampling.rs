@@ -121,9 +121,8 @@ pub fn top_p(logits: &mut [f32], p: f32) {
     }
     let probabilities = softmax(logits);
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&i| probabilities[i as usize] > 0.0).collect();
-    let by_probability = |a: &u32, b: &u32| {
-        probabilities[*b as usize].total_cmp(&probabilities[*a as usize]).then(a.cmp(b))
-    };
+    let by_probability =
+        |a: &u32, b: &u32| probabilities[*b as usize].total_cmp(&probabilities[*a as usize]).then(a.cmp(b));
     // The kept set is small as a rule: sort a growing head instead of the whole vocabulary.
     let mut head = 256.min(order.len());
     let kept = loop {
@@ -204,15 +203,21 @@ impl Sampler {
     pub fn choose(&mut self, logits: &mut [f32]) -> Result<Choice> {
         let bad = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY);
         if let Some(i) = bad {
-            return Err(Error::NotFinite { what: "logits".into(), detail: format!("token {i} has {}", logits[i]) });
+            return Err(Error::NotFinite {
+                what: "logits".into(),
+                detail: format!("token {i} has {}", logits[i]),
+            });
         }
         if logits.iter().all(|x| *x == f32::NEG_INFINITY) {
             return Err(Error::NotFinite { what: "logits".into(), detail: "every token has -inf".into() });
         }
         let raw = self.params.logprobs.map(|n| (n, log_softmax(logits)));
         self.params.process(logits, &self.seen);
-        let token =
-            if self.params.temperature > 0.0 { draw(&softmax(logits), self.rng.random()) } else { argmax(logits) };
+        let token = if self.params.temperature > 0.0 {
+            draw(&softmax(logits), self.rng.random())
+        } else {
+            argmax(logits)
+        };
         self.seen.insert(token);
         let (logprob, top) = match raw {
             None => (None, Vec::new()),

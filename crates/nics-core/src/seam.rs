@@ -37,7 +37,9 @@ impl Ragged {
 
     /// Sequences whose `len` rows are at `start`, `start + 1`, …
     pub fn contiguous(rows: &[(SeqId, usize, usize)]) -> Self {
-        Self::new(rows.iter().map(|&(s, start, len)| (s, (start as i64..(start + len) as i64).collect())).collect())
+        Self::new(
+            rows.iter().map(|&(s, start, len)| (s, (start as i64..(start + len) as i64).collect())).collect(),
+        )
     }
 
     /// The sequences, in the order of their rows.
@@ -77,7 +79,10 @@ impl Ragged {
 
     /// Index of each sequence's last row, int64 `[seqs]`; sequences without a row are left out.
     pub fn last_rows(&self) -> Vec<i64> {
-        self.iter().filter(|(_, _, p)| !p.is_empty()).map(|(_, from, p)| (from + p.len() - 1) as i64).collect()
+        self.iter()
+            .filter(|(_, _, p)| !p.is_empty())
+            .map(|(_, from, p)| (from + p.len() - 1) as i64)
+            .collect()
     }
 
     /// The common length, when all sequences have the same number of rows.

@@ -54,7 +54,14 @@ pub fn attend_one(
 /// # Shapes
 /// `q`: `[seqs, heads, rows, d]` rotated; `k`, `v`: `[seqs, kv_heads, rows, d]` rotated; `positions`: those of all
 /// rows, sequence after sequence. Result: `[seqs, heads, rows, d]`.
-pub fn attend_even(q: &Tensor, k: &Tensor, v: &Tensor, positions: &[i64], mask: Mask, scale: f64) -> Result<Tensor> {
+pub fn attend_even(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    positions: &[i64],
+    mask: Mask,
+    scale: f64,
+) -> Result<Tensor> {
     let (seqs, heads, rows, _) = q.size4()?;
     let group = heads / k.size4()?.1;
     let (k, v) = (spread(k, group)?, spread(v, group)?);
@@ -114,7 +121,14 @@ fn additive_refused() -> Error {
     Error::input("an additive mask goes with uncached calls only: use NoCache")
 }
 
-fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, scale: f64) -> Result<Tensor> {
+fn sdpa(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+    scale: f64,
+) -> Result<Tensor> {
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, false)?)
 }
 
@@ -124,7 +138,12 @@ fn spread(x: &Tensor, group: i64) -> Result<Tensor> {
         return Ok(x.shallow_clone());
     }
     let (b, kv_heads, t, d) = x.size4()?;
-    Ok(x.f_unsqueeze(2)?.f_expand([b, kv_heads, group, t, d], false)?.f_reshape([b, kv_heads * group, t, d])?)
+    Ok(x.f_unsqueeze(2)?.f_expand([b, kv_heads, group, t, d], false)?.f_reshape([
+        b,
+        kv_heads * group,
+        t,
+        d,
+    ])?)
 }
 
 /// First key that a window of `w` ending at `position` still holds.

@@ -79,7 +79,8 @@ impl Layer {
         let capacity = self.storage.as_ref().map_or(0, |(k, _)| k.size()[1] as usize);
         if need > capacity {
             // A quarter more each time keeps the copying linear in the length.
-            let capacity = need.max(capacity + (capacity / 4).max(GROWTH)).next_multiple_of(GROWTH).min(max_tokens);
+            let capacity =
+                need.max(capacity + (capacity / 4).max(GROWTH)).next_multiple_of(GROWTH).min(max_tokens);
             let grow = |new: &Tensor, old: Option<&Tensor>| -> Result<Tensor> {
                 let (_, heads, d) = new.size3()?;
                 let grown = new.f_new_empty([heads, capacity as i64, d], (new.kind(), new.device()))?;
@@ -200,7 +201,9 @@ impl KvCache for DenseCache {
     fn restore(&mut self, snapshot: &Snapshot) -> Result<SeqId> {
         if snapshot.cache != "dense" {
             let cache = &snapshot.cache;
-            return Err(Error::Input(format!("a snapshot of a `{cache}` cache cannot go into a dense cache")));
+            return Err(Error::Input(format!(
+                "a snapshot of a `{cache}` cache cannot go into a dense cache"
+            )));
         }
         let by_name: HashMap<&str, &Tensor> = snapshot.tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
         let mut layers = Vec::new();

@@ -62,13 +62,11 @@ impl Checkpoint {
 
     /// Opens a model that was resolved by the caller's own [`Hub`].
     pub fn open_source(source: Source) -> Result<Self, CheckpointError> {
-        match source.as_folder() {
-            Some(folder) => Self::open_dir(folder),
-            None => {
-                let name = source.name();
-                Self::open_place(Place::Hub(source), name)
-            }
+        if let Some(folder) = source.as_folder() {
+            return Self::open_dir(folder);
         }
+        let name = source.name();
+        Self::open_place(Place::Hub(source), name)
     }
 
     /// Opens a folder.

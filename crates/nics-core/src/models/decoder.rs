@@ -121,7 +121,8 @@ impl RawConfig {
         } else {
             json.remove("rope_parameters");
         }
-        let raw: Self = serde_json::from_value(Value::Object(json)).map_err(|e| Error::Config(e.to_string()))?;
+        let raw: Self =
+            serde_json::from_value(Value::Object(json)).map_err(|e| Error::Config(e.to_string()))?;
         let sizes = [
             ("hidden_size", raw.hidden_size),
             ("intermediate_size", raw.intermediate_size),
@@ -148,7 +149,9 @@ impl RawConfig {
             return Err(Error::Config("`sliding_window` is 0, expected a positive number".into()));
         }
         let Some(types) = &self.layer_types else {
-            return Ok((0..self.num_hidden_layers).map(|i| window.filter(|_| i >= self.max_window_layers)).collect());
+            return Ok((0..self.num_hidden_layers)
+                .map(|i| window.filter(|_| i >= self.max_window_layers))
+                .collect());
         };
         if types.len() != self.num_hidden_layers {
             return Err(Error::Config(format!(
@@ -189,8 +192,12 @@ impl RawConfig {
             )));
         }
         let head_dim = self.head_dim.unwrap_or(self.hidden_size / heads);
-        let rope =
-            RopeConfig::parse(self.rope_theta, head_dim, self.max_position_embeddings, self.rope_scaling.as_ref())?;
+        let rope = RopeConfig::parse(
+            self.rope_theta,
+            head_dim,
+            self.max_position_embeddings,
+            self.rope_scaling.as_ref(),
+        )?;
         Ok(DecoderConfig {
             hidden: self.hidden_size,
             intermediate: self.intermediate_size,
@@ -257,7 +264,8 @@ impl Attention {
         let rows = x.size2()?.0;
         let mut qkv = self.q_proj.forward_many(&[&*self.k_proj, &*self.v_proj], x)?.into_iter();
         let mut next = |heads: i64| -> Result<Tensor> {
-            let t = qkv.next().ok_or_else(|| Error::input("forward_many gave fewer results than projections"))?;
+            let t =
+                qkv.next().ok_or_else(|| Error::input("forward_many gave fewer results than projections"))?;
             Ok(t.f_view([rows, heads, self.head_dim])?)
         };
         let (mut q, mut k, v) = (next(self.heads)?, next(self.kv_heads)?, next(self.kv_heads)?);
@@ -328,7 +336,11 @@ impl DecoderLayer {
         Ok(Self {
             input_layernorm: RmsNorm::load(&at.at("input_layernorm"), c.hidden, c.norm_eps)?,
             self_attn: Attention::load(&at.at("self_attn"), c)?,
-            post_attention_layernorm: RmsNorm::load(&at.at("post_attention_layernorm"), c.hidden, c.norm_eps)?,
+            post_attention_layernorm: RmsNorm::load(
+                &at.at("post_attention_layernorm"),
+                c.hidden,
+                c.norm_eps,
+            )?,
             mlp: Mlp::load(&at.at("mlp"), c)?,
             window: c.family.windows[layer],
         })

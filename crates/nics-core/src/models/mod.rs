@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use decoder::{Decoder, DecoderConfig};
 
-use crate::checkpoint::{Checkpoint, TensorPath};
+use crate::checkpoint::{Checkpoint, Dtype, TensorPath};
 use crate::seam::{KvCache, LayerHook, Mask, Projection, Ragged};
 use crate::{Error, Result};
 
@@ -94,7 +94,12 @@ pub trait Model: Send {
     fn embed(&self, ids: &Tensor) -> Result<Tensor>;
 
     /// Runs the rows through all layers and the final norm.
-    fn forward(&self, batch: &Batch, cache: &mut dyn KvCache, hook: Option<&mut dyn LayerHook>) -> Result<Output>;
+    fn forward(
+        &self,
+        batch: &Batch,
+        cache: &mut dyn KvCache,
+        hook: Option<&mut dyn LayerHook>,
+    ) -> Result<Output>;
 
     /// `[.., hidden]` after the final norm to `[.., vocab]`.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
@@ -134,13 +139,30 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         "LlamaForCausalLM" => llama::config(json),
         "Qwen2ForCausalLM" => qwen2::config(json),
         "Qwen3ForCausalLM" => qwen3::config(json),
-        other => Err(Error::UnsupportedArchitecture { found: other.to_owned(), known: ARCHITECTURES.join(", ") }),
+        other => {
+            Err(Error::UnsupportedArchitecture { found: other.to_owned(), known: ARCHITECTURES.join(", ") })
+        }
     }
+}
+
+/// The dtype in which most of a checkpoint's values are stored: bfloat16, float16 or float32 (float64 counts as that).
+pub fn stored_kind(checkpoint: &Checkpoint) -> Kind {
+    let mut values = [(Kind::BFloat16, 0), (Kind::Half, 0), (Kind::Float, 0)];
+    for name in checkpoint.names() {
+        let of = match checkpoint.dtype(name) {
+            Some(Dtype::BF16) => 0,
+            Some(Dtype::F16) => 1,
+            _ => 2,
+        };
+        values[of].1 += checkpoint.shape(name).map_or(0, |s| s.iter().product::<usize>());
+    }
+    values.into_iter().max_by_key(|(_, n)| *n).map_or(Kind::Float, |(kind, _)| kind)
 }
 
 /// Loads a decoder: any checkpoint whose architecture is one of [`ARCHITECTURES`].
 pub fn load(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decoder> {
-    let config = config(checkpoint.config_json()).map_err(|e| e.in_file(&checkpoint.dir().join("config.json")))?;
+    let config =
+        config(checkpoint.config_json()).map_err(|e| e.in_file(&checkpoint.dir().join("config.json")))?;
     load_at(config, &checkpoint.root(device, kind))
 }
 

@@ -2,9 +2,9 @@
 
 use tch::Tensor;
 
+use crate::Result;
 use crate::checkpoint::TensorPath;
 use crate::seam::Projection;
-use crate::Result;
 
 /// `y = x Wᵀ + b`.
 #[derive(Debug)]

@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use crate::checkpoint::TensorPath;
 use crate::Result;
+use crate::checkpoint::TensorPath;
 
 /// Root-mean-square normalisation (Zhang & Sennrich, 2019): `y = x / rms(x) * weight`.
 ///

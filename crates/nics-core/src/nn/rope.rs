@@ -152,10 +152,7 @@ impl RopeConfig {
 
     fn checked(self) -> Result<Self> {
         if self.head_dim <= 0 || self.head_dim % 2 != 0 {
-            return Err(Error::Config(format!(
-                "head_dim {} is not a positive even number",
-                self.head_dim
-            )));
+            return Err(Error::Config(format!("head_dim {} is not a positive even number", self.head_dim)));
         }
         if !(self.theta.is_finite() && self.theta > 1.0) {
             return Err(Error::Config(format!("rope_theta {} is not above 1", self.theta)));

@@ -1,0 +1,249 @@
+//! `megrez generate`.
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use nics_base::interrupt::Interrupt;
+use nics_base::jsonl::JsonlLog;
+use nics_base::progress::Progress;
+use nics_core::cli::{ModelArgs, OutArg, PluginArgs, SamplingArgs, SeedArg};
+use nics_core::generate::{Finish, Generator, Prompt, Request, run as generate};
+use nics_core::sampling::Sampling;
+use nics_core::template::Message;
+use nics_core::text::TextStream;
+use serde::{Deserialize, Serialize};
+
+use super::Loaded;
+
+/// Replies to prompts.
+///
+/// Prompts come from --prompt, from a text file (the whole file is one prompt), or from JSON Lines with one of `prompt`
+/// (text), `messages` (a conversation) or `ids` (token ids) on each line, and an optional `id`. With --out, replies are
+/// appended to the file as they are finished, and a second run goes on with what is missing.
+#[derive(Args)]
+pub struct Generate {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    #[command(flatten)]
+    seed: SeedArg,
+    #[command(flatten)]
+    out: OutArg,
+    /// A prompt
+    #[arg(long, short, value_name = "TEXT", conflicts_with = "input")]
+    prompt: Option<String>,
+    /// Prompts: a .jsonl file, any other file as one prompt, or - for one prompt from standard input
+    #[arg(long, short, value_name = "FILE", required_unless_present = "prompt")]
+    input: Option<PathBuf>,
+    /// Continue the prompts as they are, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// Let special tokens in prompts keep their meaning
+    #[arg(long)]
+    allow_special: bool,
+    /// Log-probability of each token, and of the N likeliest
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "0")]
+    logprobs: Option<usize>,
+    /// Prompts that are written together
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    batch: usize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    #[serde(default)]
+    id: Option<serde_json::Value>,
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
+    ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Reply {
+    index: usize,
+    id: serde_json::Value,
+    prompt_hash: String,
+    text: String,
+    tokens: Vec<u32>,
+    finish: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    logprobs: Vec<f32>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    top_logprobs: Vec<Vec<(u32, f32)>>,
+}
+
+impl Generate {
+    pub fn run(self, quiet: bool) -> Result<()> {
+        let lines = self.lines()?;
+        let mut loaded = Loaded::open(&self.model, &self.plugins)?;
+        loaded.megrez.prompter.allow_special = self.allow_special;
+        let megrez = &loaded.megrez;
+        let sampling = self.sampling.over(&megrez.sampling)?;
+        let max_new_tokens = self.sampling.max_new_tokens.unwrap_or(megrez.max_new_tokens);
+        let mut prompts = Vec::new();
+        for (i, line) in lines.iter().enumerate() {
+            prompts.push(self.encode(megrez, line).with_context(|| format!("prompt {}", i + 1))?);
+        }
+        let hash = |ids: &[u32]| {
+            nics_base::hash::bytes(ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>())[..16]
+                .to_owned()
+        };
+        let (mut log, known) = match &self.out.out {
+            None => (None, Vec::new()),
+            Some(path) => {
+                let (log, known) = JsonlLog::<Reply>::open(path)?;
+                (Some(log), known)
+            }
+        };
+        for reply in &known {
+            if prompts.get(reply.index).is_none_or(|p| hash(p) != reply.prompt_hash) {
+                bail!(
+                    "{} holds a reply to another prompt (index {}): give another --out, or delete it",
+                    self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
+                    reply.index
+                );
+            }
+        }
+        let done: HashSet<usize> = known.iter().map(|r| r.index).collect();
+        let todo: Vec<usize> = (0..prompts.len()).filter(|i| !done.contains(i)).collect();
+        let requests = todo.iter().map(|&i| Request {
+            prompt: Prompt::Ids(prompts[i].clone()),
+            sampling: Sampling {
+                seed: self.seed.seed.wrapping_add(i as u64),
+                logprobs: self.logprobs,
+                ..sampling.clone()
+            },
+            max_new_tokens,
+            eos: megrez.eos.clone(),
+        });
+        let progress =
+            if quiet { Progress::hidden() } else { Progress::new(prompts.len() as u64, "replies") };
+        progress.start_at(done.len() as u64);
+        let interrupt = Interrupt::install()?;
+        let tokenizer = &megrez.prompter.tokenizer;
+        let mut states: Vec<Option<(TextStream, Reply)>> = todo
+            .iter()
+            .map(|&i| {
+                let reply = Reply {
+                    index: i,
+                    id: lines[i].id.clone().unwrap_or_else(|| i.into()),
+                    prompt_hash: hash(&prompts[i]),
+                    text: String::new(),
+                    tokens: Vec::new(),
+                    finish: String::new(),
+                    logprobs: Vec::new(),
+                    top_logprobs: Vec::new(),
+                };
+                Some((TextStream::new(tokenizer, &self.sampling.stop), reply))
+            })
+            .collect();
+        let mut generator = Generator::new(&megrez.decoder, &mut *loaded.cache);
+        if let Some(hook) = &mut loaded.hook {
+            generator = generator.with_hook(&mut **hook);
+        }
+        let mut finished = Vec::new();
+        generate(&mut generator, requests, self.batch, &mut |n, token| {
+            interrupt.check()?;
+            let Some((stream, reply)) = &mut states[n] else { return Ok(false) };
+            reply.tokens.push(token.token);
+            reply.logprobs.extend(token.logprob);
+            if !token.top.is_empty() {
+                reply.top_logprobs.push(token.top.clone());
+            }
+            reply.text += &stream.push(token.token)?;
+            if token.finish.is_none() && stream.stopped().is_none() {
+                return Ok(true);
+            }
+            reply.text += &stream.finish()?;
+            reply.finish = match (stream.stopped(), token.finish) {
+                (Some(_), _) => "stop",
+                (None, Some(Finish::Eos)) => "eos",
+                (None, Some(Finish::Context)) => "context",
+                (None, _) => "length",
+            }
+            .into();
+            progress.inc(1);
+            if let Some((_, reply)) = states[n].take() {
+                match &mut log {
+                    Some(log) => log.append(&reply)?,
+                    None => finished.push(reply),
+                }
+            }
+            Ok(false)
+        })?;
+        progress.finish();
+        // Without a file, replies come in the order of their prompts.
+        finished.sort_by_key(|r| r.index);
+        let mut stdout = std::io::stdout().lock();
+        for reply in finished {
+            if self.prompt.is_some() && self.logprobs.is_none() {
+                writeln!(stdout, "{}", reply.text)?;
+            } else {
+                writeln!(stdout, "{}", serde_json::to_string(&reply)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode(&self, megrez: &megrez::Megrez, line: &Line) -> Result<Vec<u32>> {
+        let given = [line.prompt.is_some(), line.messages.is_some(), line.ids.is_some()];
+        if given.iter().filter(|g| **g).count() != 1 {
+            bail!("expected one of `prompt`, `messages` and `ids`");
+        }
+        let ids = if let Some(ids) = &line.ids {
+            ids.clone()
+        } else if let Some(messages) = &line.messages {
+            megrez.prompter.encode(messages, true)?
+        } else {
+            let text = line.prompt.as_deref().unwrap_or_default();
+            if text.trim().is_empty() {
+                bail!("the prompt is empty");
+            }
+            match (self.raw, self.allow_special) {
+                (false, _) => megrez.prompter.encode(&[Message::new("user", text)], true)?,
+                (true, true) => megrez.prompter.tokenizer.encode(text, false)?,
+                (true, false) => megrez.prompter.tokenizer.encode_ordinary(text)?,
+            }
+        };
+        if ids.is_empty() {
+            bail!("the prompt is empty");
+        }
+        Ok(ids)
+    }
+
+    fn lines(&self) -> Result<Vec<Line>> {
+        let one = |prompt: String| Line { id: None, prompt: Some(prompt), messages: None, ids: None };
+        let Some(path) = &self.input else {
+            return Ok(vec![one(self.prompt.clone().unwrap_or_default())]);
+        };
+        if path.as_os_str() == "-" {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+            return Ok(vec![one(text)]);
+        }
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        if path.extension().is_none_or(|e| e != "jsonl") {
+            return Ok(vec![one(text)]);
+        }
+        let lines = text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty())
+            .map(|(i, line)| {
+                serde_json::from_str(line).with_context(|| format!("{}, line {}", path.display(), i + 1))
+            })
+            .collect::<Result<Vec<Line>>>()?;
+        if lines.is_empty() {
+            bail!("{} has no prompt", path.display());
+        }
+        Ok(lines)
+    }
+}

@@ -1,0 +1,71 @@
+//! The subcommands: parse, call the library, print.
+
+pub mod chat;
+pub mod eval;
+pub mod generate;
+pub mod inspect;
+pub mod train;
+
+use anyhow::Result;
+use megrez::Megrez;
+use nics_core::checkpoint::Checkpoint;
+use nics_core::cli::{ModelArgs, PluginArgs, PluginSpec};
+use nics_core::device::{device_name, dtype_name};
+use nics_core::models::{self, Model};
+use nics_core::plugin::Plugins;
+use nics_core::seam::{KvCache, LayerHook};
+
+/// A loaded model with what the plug-in flags asked for.
+pub struct Loaded {
+    pub megrez: Megrez,
+    pub checkpoint: Checkpoint,
+    pub cache: Box<dyn KvCache>,
+    pub hook: Option<Box<dyn LayerHook>>,
+    /// The plug-ins in force, e.g. `weights=shuffle:0`; empty without.
+    pub variant: String,
+}
+
+impl Loaded {
+    /// Loads the model of `args`.
+    pub fn open(args: &ModelArgs, plugins: &PluginArgs) -> Result<Self> {
+        args.set_threads()?;
+        let checkpoint = Checkpoint::open(&args.model)?;
+        let device = args.run_on.device.open()?;
+        let stored = models::stored_kind(&checkpoint);
+        let mut megrez = Megrez::load(&checkpoint, device, args.run_on.dtype.resolve(stored))?;
+        let known = Plugins::default();
+        if let Some(PluginSpec { name, spec }) = &plugins.weights {
+            known.weights(name, spec, &mut megrez.decoder)?;
+        }
+        let kv = plugins.kv.as_ref().map(|p| (p.name.as_str(), p.spec.as_str()));
+        let cache = known.cache(kv, megrez.decoder.dims())?;
+        let hook = match plugins.hook.as_slice() {
+            [] => None,
+            [one] => Some(known.hook(&one.name, &one.spec, megrez.decoder.dims())?),
+            more => anyhow::bail!("{} layer hooks are given; at most one can act on a model", more.len()),
+        };
+        let asked = plugins.weights.iter().map(|p| format!("weights={p}"));
+        let asked = asked.chain(plugins.kv.iter().map(|p| format!("kv={p}")));
+        let variant =
+            asked.chain(plugins.hook.iter().map(|p| format!("hook={p}"))).collect::<Vec<_>>().join(" ");
+        Ok(Self { megrez, checkpoint, cache, hook, variant })
+    }
+
+    /// Device and dtype as rows name them.
+    pub fn place(&self) -> (String, String) {
+        let dims = self.megrez.decoder.dims();
+        (device_name(dims.device), dtype_name(dims.kind))
+    }
+
+    /// What decides the model's answers: part of the hash that names a result.
+    pub fn identity(&self) -> Result<serde_json::Value> {
+        let (device, dtype) = self.place();
+        Ok(serde_json::json!({
+            "arch_hash": self.checkpoint.arch_hash(),
+            "weights_hash": self.checkpoint.weights_hash()?,
+            "variant": self.variant,
+            "device": device,
+            "dtype": dtype,
+        }))
+    }
+}
