@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt && python make_tokenizers.py
 
-`cases.json` of a folder: per text the ids with and without special tokens around it (`ids`, `bare`), the ids when special
+`cases.json` holds per kind and text the ids with and without special tokens around it (`ids`, `bare`), the ids when special
 tokens in the text are read as text (`ordinary`), and the text of `ids` with and without special tokens.
 """
 
@@ -115,6 +115,7 @@ def write(folder, tokenizer, settings):
         ids = loaded.encode(text)
         cases.append(
             dict(
+                kind=folder.name,
                 text=text,
                 ids=ids,
                 bare=loaded.encode(text, add_special_tokens=False),
@@ -123,11 +124,8 @@ def write(folder, tokenizer, settings):
                 plain=loaded.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             )
         )
-    head = dict(about="transformers 4.57.1, tokenizers 0.22.2", vocab_size=len(loaded))
-    lines = json.dumps(head)[:-1] + ',\n"cases": [\n'
-    lines += ",\n".join(json.dumps(c, ensure_ascii=False) for c in cases) + "\n]}\n"
-    (folder / "cases.json").write_text(lines, encoding="utf-8")
     print(f"{folder.name}: {len(loaded)} tokens")
+    return cases, len(loaded)
 
 
 def main():
@@ -143,6 +141,7 @@ def main():
     tokenizer, settings = byte_fallback()
     flags = dict(tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=False, add_eos_token=True)
     kinds["flags"] = (tokenizer, {**settings, **flags})
+    cases, sizes = [], {}
     for name, (tokenizer, settings) in kinds.items():
         folder = HERE / name
         folder.mkdir(parents=True)
@@ -151,7 +150,12 @@ def main():
             (folder / "generation_config.json").unlink()
         else:
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
-        write(folder, tokenizer, settings)
+        found, sizes[name] = write(folder, tokenizer, settings)
+        cases += found
+    head = dict(about="transformers 4.57.1, tokenizers 0.22.2", vocab_size=sizes)
+    lines = json.dumps(head)[:-1] + ',\n"cases": [\n'
+    lines += ",\n".join(json.dumps(c, ensure_ascii=False) for c in cases) + "\n]}\n"
+    (HERE / "cases.json").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 //! strings, lists and dictionaries, and the special tokens by role. `{% generation %}` blocks, which mark what the
 //! assistant said for training, render as their content.
 //!
-//! ```
+//! ```no_run
 //! use nics_core::template::{ChatTemplate, Message, RenderOptions};
 //! let template = ChatTemplate::parse("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")?;
 //! let text = template.render(&[Message::new("user", "Hi")], &RenderOptions::default())?;

@@ -264,9 +264,9 @@ pub enum CheckpointError {
         /// The file that holds it.
         origin: String,
         /// Its shape.
-        found: Vec<i64>,
+        found: Box<[i64]>,
         /// The shape needed.
-        expected: Vec<i64>,
+        expected: Box<[i64]>,
         /// What asks for it, e.g. `config.json (hidden_size 896)`; may be empty.
         because: String,
     },

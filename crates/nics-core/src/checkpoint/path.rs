@@ -193,7 +193,7 @@ impl TensorPath {
     fn wrong_shape(&self, key: String, found: Vec<i64>, expected: &[i64]) -> CheckpointError {
         let origin = self.source.place(&key);
         let because = self.because.to_string();
-        CheckpointError::WrongShape { key, origin, found, expected: expected.to_vec(), because }
+        CheckpointError::WrongShape { key, origin, found: found.into(), expected: expected.into(), because }
     }
 }
 
