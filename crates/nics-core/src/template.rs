@@ -5,7 +5,7 @@
 //! strings, lists and dictionaries, and the special tokens by role. `{% generation %}` blocks, which mark what the
 //! assistant said for training, render as their content.
 //!
-//! ```no_run
+//! ```no_run,standalone_crate
 //! use nics_core::template::{ChatTemplate, Message, RenderOptions};
 //! let template = ChatTemplate::parse("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")?;
 //! let text = template.render(&[Message::new("user", "Hi")], &RenderOptions::default())?;
@@ -13,6 +13,7 @@
 //! # Ok::<(), nics_core::template::TemplateError>(())
 //! ```
 
+mod clock;
 mod message;
 mod python;
 mod rewrite;
@@ -205,7 +206,7 @@ impl ChatTemplate {
         variables.insert("messages".to_owned(), Serde(messages).into());
         variables.insert("add_generation_prompt".to_owned(), options.add_generation_prompt.into());
         let now = options.now;
-        let strftime = minijinja::Value::from_function(move |format: &str| python::strftime(format, now));
+        let strftime = minijinja::Value::from_function(move |format: &str| clock::strftime(format, now));
         variables.insert("strftime_now".to_owned(), strftime);
         template.render(variables).map_err(|e| match python::refusal(&e) {
             Some(message) => TemplateError::Refused(message),

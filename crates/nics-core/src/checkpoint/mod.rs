@@ -4,7 +4,7 @@
 //! Nothing in a checkpoint is trusted: sizes are bounded, headers and indices are held against the files, names stay
 //! inside the folder, and every way in which a checkpoint can be wrong is a [`CheckpointError`] of its own.
 //!
-//! ```no_run
+//! ```no_run,standalone_crate
 //! use nics_core::checkpoint::Checkpoint;
 //! # fn main() -> Result<(), nics_core::checkpoint::CheckpointError> {
 //! let checkpoint = Checkpoint::open("datasets/nano/megrez-text")?;
