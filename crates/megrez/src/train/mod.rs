@@ -1,5 +1,6 @@
 //! Training: a new small Megrez, or more training of an existing one, from a recipe to a checkpoint.
 
+mod card;
 mod data;
 mod recipe;
 mod start;

@@ -10,9 +10,11 @@ use nics_core::sampling::Sampling;
 use nics_core::tokenizer::Tokenizer;
 use nics_core::train::Summary;
 use nics_core::{Error, Result};
+use nics_datasets::word_problems::Split;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::card::{Card, TEST_PROBLEMS};
 use super::data::Conversations;
 use super::recipe::{Recipe, Start};
 use crate::model::Megrez;
@@ -172,8 +174,9 @@ pub(super) fn write(
     out: &Path,
 ) -> Result<()> {
     let dir = AtomicDir::create(out)?;
-    let mut tensors = Vec::new();
+    let (mut tensors, mut parameters) = (Vec::new(), 0);
     megrez.decoder.visit_parameters(&mut |name, tensor| {
+        parameters += tensor.numel();
         tensors.push((name.to_owned(), tensor.f_detach()?));
         Ok(())
     })?;
@@ -202,5 +205,17 @@ pub(super) fn write(
         "validation": summary.eval,
     });
     put("training.json", format!("{run:#}\n"))?;
+    let accuracy = (recipe.eval.problems > 0)
+        .then(|| super::solved(megrez, Split::Test, TEST_PROBLEMS, recipe.eval.seed))
+        .transpose()?;
+    let card = Card {
+        name: &out.file_name().unwrap_or_default().to_string_lossy(),
+        recipe,
+        summary,
+        parameters,
+        weights_hash: &Checkpoint::open_dir(dir.path())?.weights_hash()?,
+        accuracy,
+    };
+    put("README.md", card.render()?)?;
     Ok(dir.commit()?)
 }
