@@ -158,8 +158,8 @@ fn the_first_test_problem_is_what_it_always_was() {
     // Checkpoints quote their accuracy on (split, seed): a change of the generator must not pass unnoticed.
     let p = problem(Split::Test, 1, 0);
     assert_eq!(p.id, "word-problems/test/1/0");
-    assert_eq!(p.question, "小芳有35个苹果，又买了82个。小芳现在有多少个苹果？");
-    assert_eq!(p.solution, "小芳现在有35+82=117个苹果。\n#### 117");
+    assert_eq!(p.question, "小明有7块饼干，又买了63块。小明现在有多少块饼干？");
+    assert_eq!(p.solution, "小明现在有7+63=70块饼干。\n#### 70");
     let json = serde_json::to_value(&p).unwrap();
     assert_eq!((&json["split"], &json["lang"], &json["plan"]), (&"test".into(), &"zh".into(), &"add".into()));
     assert_eq!(serde_json::from_value::<Problem>(json).unwrap(), p);
