@@ -13,7 +13,7 @@
 //!
 //! The language model itself is a Llama and lives in [`nics_core::models`].
 //!
-//! ```no_run
+//! ```no_run,standalone_crate
 //! use megrez::Megrez;
 //! use nics_core::{cache::DenseCache, checkpoint::Checkpoint, generate::{Generator, Request, collect}};
 //! use nics_core::template::Message;

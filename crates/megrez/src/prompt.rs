@@ -30,12 +30,11 @@ impl Prompter {
     /// follow.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         let tokenizer = Tokenizer::from_checkpoint(checkpoint)?;
-        let template = match ChatTemplate::from_checkpoint(checkpoint)? {
-            Some(template) => template,
-            None => {
-                tracing::warn!("{} has no chat template: the rule of Megrez is used", checkpoint.name());
-                ChatTemplate::parse(CHAT_TEMPLATE)?
-            }
+        let template = if let Some(template) = ChatTemplate::from_checkpoint(checkpoint)? {
+            template
+        } else {
+            tracing::warn!("{} has no chat template: the rule of Megrez is used", checkpoint.name());
+            ChatTemplate::parse(CHAT_TEMPLATE)?
         };
         Ok(Self { tokenizer, template, allow_special: false })
     }
@@ -70,7 +69,7 @@ impl Prompter {
     /// can be told apart.
     fn encode_escaped(&self, messages: &[Message], generate: bool) -> Result<Vec<u32>> {
         let taken = |mark: &str| messages.iter().any(|m| m.text().is_some_and(|t| t.contains(mark)));
-        let salt = (0u32..).find(|n| !taken(&format!("\u{e000}{n}:"))).unwrap_or(0);
+        let salt = (0..=u32::MAX).find(|n| !taken(&format!("\u{e000}{n}:"))).unwrap_or(0);
         let mark = |i: usize| format!("\u{e000}{salt}:{i}\u{e001}");
         let mut marked = messages.to_vec();
         for (i, m) in marked.iter_mut().enumerate() {

@@ -97,6 +97,9 @@ struct Running {
     eos: Vec<u32>,
 }
 
+/// Rows that go into a call: `(sequence, first position, rows)`.
+type NewRows = (SeqId, usize, usize);
+
 /// Sequences being written with one model.
 pub struct Generator<'a> {
     model: &'a dyn Model,
@@ -238,7 +241,7 @@ impl<'a> Generator<'a> {
     }
 
     /// The next rows of every sequence: `(sequence, first position, rows)` and their embeddings.
-    fn next_rows(&self, chunk: usize) -> Result<(Vec<(SeqId, usize, usize)>, Tensor)> {
+    fn next_rows(&self, chunk: usize) -> Result<(Vec<NewRows>, Tensor)> {
         let device = self.model.dims().device;
         let mut rows = Vec::with_capacity(self.running.len());
         let mut parts: Vec<Tensor> = Vec::new();
@@ -259,7 +262,7 @@ impl<'a> Generator<'a> {
             }
             match &r.prompt {
                 Prompt::Ids(prompt) => {
-                    ids.extend(prompt[r.read..r.read + len].iter().map(|&id| i64::from(id)))
+                    ids.extend(prompt[r.read..r.read + len].iter().map(|&id| i64::from(id)));
                 }
                 Prompt::Embeds(x) => {
                     flush(&mut ids, &mut parts)?;
@@ -335,7 +338,9 @@ impl<'a> Generator<'a> {
                 finish,
             });
         }
-        ended.into_iter().for_each(|id| self.cancel(id));
+        for id in ended {
+            self.cancel(id);
+        }
         failed.map_or(Ok(tokens), Err)
     }
 }

@@ -73,7 +73,7 @@ impl Golden {
             if let Some(kind) = kinds.run.iter().find(|k| is(k)) {
                 cases += 1;
                 missing.retain(|m| m != kind);
-            } else if kinds.later.iter().any(|k| is(k)) {
+            } else if kinds.later.iter().any(is) {
                 println!("later: {name}");
             } else {
                 return Err(Error::Input(format!(

@@ -88,6 +88,7 @@ impl Sampling {
 }
 
 /// Each distinct id once: negative scores are multiplied, others divided (Keskar et al., 2019).
+#[allow(clippy::implicit_hasher)] // One set of ids, the sampler's own.
 pub fn repetition_penalty(logits: &mut [f32], seen: &HashSet<u32>, penalty: f32) {
     if (penalty - 1.0).abs() < f32::EPSILON {
         return;
@@ -101,7 +102,9 @@ pub fn repetition_penalty(logits: &mut [f32], seen: &HashSet<u32>, penalty: f32)
 
 /// Divides by the temperature.
 pub fn temperature(logits: &mut [f32], temperature: f32) {
-    logits.iter_mut().for_each(|x| *x /= temperature);
+    for x in logits {
+        *x /= temperature;
+    }
 }
 
 /// Keeps the `k` likeliest tokens, and those that tie with the last of them; the others become -inf. 0 keeps all.
@@ -123,6 +126,7 @@ pub fn top_p(logits: &mut [f32], p: f32) {
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&i| probabilities[i as usize] > 0.0).collect();
     let by_probability =
         |a: &u32, b: &u32| probabilities[*b as usize].total_cmp(&probabilities[*a as usize]).then(a.cmp(b));
+    // Of equal probabilities the higher id stays, as torch's ascending sort has it.
     // The kept set is small as a rule: sort a growing head instead of the whole vocabulary.
     let mut head = 256.min(order.len());
     let kept = loop {
@@ -142,7 +146,9 @@ pub fn top_p(logits: &mut [f32], p: f32) {
         }
     };
     let mut keep = vec![false; logits.len()];
-    order[..kept].iter().for_each(|&i| keep[i as usize] = true);
+    for &i in &order[..kept] {
+        keep[i as usize] = true;
+    }
     logits.iter_mut().zip(keep).filter(|(_, keep)| !keep).for_each(|(x, _)| *x = f32::NEG_INFINITY);
 }
 
@@ -165,7 +171,9 @@ pub fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut out: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
     let sum: f64 = out.iter().map(|&x| f64::from(x)).sum();
-    out.iter_mut().for_each(|x| *x = (f64::from(*x) / sum) as f32);
+    for x in &mut out {
+        *x = (f64::from(*x) / sum) as f32;
+    }
     out
 }
 
@@ -281,7 +289,7 @@ mod tests {
     fn the_penalty_counts_an_id_once_and_follows_the_sign() {
         let mut logits = [2.0, -2.0, 1.0];
         repetition_penalty(&mut logits, &HashSet::from([0, 1, 9]), 2.0);
-        assert_eq!(logits, [1.0, -4.0, 1.0]);
+        assert_eq!(logits.map(f32::to_bits), [1.0f32, -4.0, 1.0].map(f32::to_bits));
     }
 
     #[test]

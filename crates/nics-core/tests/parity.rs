@@ -47,10 +47,8 @@ struct Fixture {
 }
 
 fn root() -> PathBuf {
-    std::env::var_os("NICS_GOLDEN").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden"),
-        PathBuf::from,
-    )
+    std::env::var_os("NICS_GOLDEN")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden"), PathBuf::from)
 }
 
 /// All model folders; a folder that is neither a model nor known to another test fails.
@@ -79,7 +77,13 @@ fn fixtures() -> Vec<Fixture> {
                 serde_json::Value::Array(ids) => ids.iter().map(|i| i.as_u64().unwrap() as u32).collect(),
                 id => id.as_u64().map(|i| i as u32).into_iter().collect(),
             };
-            Fixture { name: dir.file_name().unwrap().to_string_lossy().into_owned(), model, eos, golden, cases }
+            Fixture {
+                name: dir.file_name().unwrap().to_string_lossy().into_owned(),
+                model,
+                eos,
+                golden,
+                cases,
+            }
         })
         .collect();
     assert!(!fixtures.is_empty());
@@ -128,11 +132,13 @@ fn greedy_tokens_alone_and_in_a_ragged_batch() {
         let expected: Vec<(&Case, &Vec<u32>)> =
             cases.cases.iter().filter_map(|c| Some((c, c.greedy.as_ref()?))).collect();
         assert!(!expected.is_empty(), "{name} has no continuation");
-        let requests = || expected.iter().map(|(c, _)| Request::greedy(c.ids.clone(), cases.new_tokens, &eos));
+        let requests =
+            || expected.iter().map(|(c, _)| Request::greedy(c.ids.clone(), cases.new_tokens, &eos));
         for batch in [1, expected.len()] {
             let mut cache = DenseCache::new();
             // The fixtures run past `max_position_embeddings` on purpose.
-            let mut generator = Generator::new(&model, &mut cache).with_context(4096).with_prefill_chunk(4096);
+            let mut generator =
+                Generator::new(&model, &mut cache).with_context(4096).with_prefill_chunk(4096);
             let all = collect(&mut generator, requests(), batch).unwrap();
             for ((case, greedy), found) in expected.iter().zip(all) {
                 assert_eq!(found, **greedy, "{name}, {}, {batch} at a time", case.name);
@@ -192,7 +198,8 @@ fn a_ragged_batch_equals_single_calls() {
         for ((_, from, positions), case) in all.rows.iter().zip(&cases.cases) {
             let rows = Ragged::contiguous(&[(SeqId(0), 0, case.ids.len())]);
             let ids = input(&case.ids);
-            let single = model.forward(&Batch::new(rows, Input::Ids(&ids)), &mut NoCache::new(), None).unwrap();
+            let single =
+                model.forward(&Batch::new(rows, Input::Ids(&ids)), &mut NoCache::new(), None).unwrap();
             let found = all.hidden.narrow(0, from as i64, positions.len() as i64);
             assert_relative(&format!("{name}, {}", case.name), &found, &single.hidden, 1e-5);
         }

@@ -108,7 +108,7 @@ impl Eval {
             &mut *loaded.cache,
             &items,
             &settings,
-            Output {
+            &mut Output {
                 dir: &self.out,
                 shard,
                 identity,

@@ -65,7 +65,9 @@ impl Inspect {
         });
         if self.json.json {
             println!("{about}");
-            list.iter().for_each(|t| println!("{t}"));
+            for t in &list {
+                println!("{t}");
+            }
             return Ok(());
         }
         if let serde_json::Value::Object(about) = &about {

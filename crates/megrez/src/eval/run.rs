@@ -84,7 +84,7 @@ pub fn answer(
     cache: &mut dyn KvCache,
     items: &[Item],
     settings: &Settings,
-    output: Output,
+    output: &mut Output,
 ) -> Result<(PathBuf, Vec<Record>)> {
     settings.sampling.validate()?;
     let hash = nics_base::hash::value(&(settings, &output.identity))?;
@@ -98,7 +98,7 @@ pub fn answer(
     let (log, mut records) = JsonlLog::<Record>::open(&partial)?;
     let known: HashSet<usize> = records.iter().map(|r| r.index).collect();
     let todo: Vec<usize> = output.shard.items(items.len()).filter(|i| !known.contains(i)).collect();
-    let mut writer = Writer { log, records: &mut records, progress: output.progress };
+    let mut writer = Writer { log, records: &mut records, progress: &mut *output.progress };
     (writer.progress)(writer.records.len());
     let by_letter = settings.selection.task.is_choice() && settings.mode == Mode::Ppl;
     if by_letter {

@@ -72,6 +72,8 @@ mod tests {
         assert!((value("accuracy") - 0.6).abs() < 1e-12);
         assert!((value("accuracy, mean of subjects") - 0.375).abs() < 1e-12);
         assert!((value("accuracy, a") - 0.75).abs() < 1e-12);
-        rows.iter().for_each(|r| r.validate().unwrap());
+        for row in &rows {
+            row.validate().unwrap();
+        }
     }
 }

@@ -212,7 +212,7 @@ fn ask(choice: &Choice, english: bool) -> Message {
         format!("以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n题目：{}\n", choice.question)
     };
     for (i, option) in choice.options.iter().enumerate() {
-        text += &format!("{}. {option}\n", Choice::letter(i));
+        text.extend([&Choice::letter(i).to_string(), ". ", option, "\n"]);
     }
     text += if english { "Answer:" } else { "答案是：" };
     Message::new("user", text)

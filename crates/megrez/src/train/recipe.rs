@@ -144,7 +144,7 @@ impl Recipe {
 mod tests {
     use super::*;
 
-    const GOOD: &str = r#"
+    const GOOD: &str = r"
         [data]
         source = { word-problems = { seed = 1 } }
         batch = 8
@@ -155,7 +155,7 @@ mod tests {
         [train]
         steps = 10
         warmup = 1
-    "#;
+    ";
 
     #[test]
     fn a_recipe_is_read_strictly() {

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{Batch, Input, Model, ModelDims, Output};
+use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor};
 use crate::checkpoint::TensorPath;
 use crate::nn::{Linear, RmsNorm, Rope, RopeConfig, Rotary};
 use crate::seam::{KvCache, LayerHook, Mask, Point, Projection, Ragged, Rows, Site};
@@ -46,6 +46,7 @@ pub struct DecoderConfig {
 }
 
 /// In what the layers of the families differ.
+#[allow(clippy::struct_excessive_bools)] // Each is a field of a configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Family {
     /// Biases on q, k, v.
@@ -62,7 +63,7 @@ pub struct Family {
 
 /// The fields of config.json that the families share, under transformers' names and with its defaults.
 #[derive(Debug, Clone, Deserialize)]
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::struct_excessive_bools)]
 pub struct RawConfig {
     pub hidden_size: i64,
     pub intermediate_size: i64,
@@ -489,10 +490,7 @@ impl Model for Decoder {
         self.lm_head.forward(hidden)
     }
 
-    fn visit_projections(
-        &mut self,
-        f: &mut dyn FnMut(&str, &mut Box<dyn Projection>) -> Result<()>,
-    ) -> Result<()> {
+    fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()> {
         for (l, layer) in self.layers.iter_mut().enumerate() {
             for (name, projection) in layer.projections() {
                 f(&format!("model.layers.{l}.{name}"), projection)?;

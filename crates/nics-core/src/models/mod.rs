@@ -85,6 +85,9 @@ pub struct Output {
     pub exhausted: Vec<crate::seam::SeqId>,
 }
 
+/// Sees a linear layer with its path and may replace it.
+pub type ProjectionVisitor<'a> = dyn FnMut(&str, &mut Box<dyn Projection>) -> Result<()> + 'a;
+
 /// A language model, as generation, training and methods see it.
 pub trait Model: Send {
     /// Its dimensions.
@@ -105,10 +108,7 @@ pub trait Model: Send {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 
     /// Hands every linear layer, with its path, to `f`, which may replace it.
-    fn visit_projections(
-        &mut self,
-        f: &mut dyn FnMut(&str, &mut Box<dyn Projection>) -> Result<()>,
-    ) -> Result<()>;
+    fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()>;
 
     /// Hands every parameter, with its checkpoint key, to `f`, which may replace it. A tied head is not visited.
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
