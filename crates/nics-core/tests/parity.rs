@@ -18,7 +18,8 @@ use tch::{Device, Kind, Tensor};
 struct Cases {
     new_tokens: usize,
     tolerance: Tolerance,
-    cases: Vec<Case>,
+    #[serde(rename = "cases")]
+    prompts: Vec<Case>,
 }
 
 #[derive(Deserialize)]
@@ -112,7 +113,7 @@ fn logits_and_hidden_states() {
     let mut seen = 0;
     for Fixture { name, model, golden, cases, .. } in fixtures() {
         let expected = golden.tensors("expected.safetensors").unwrap();
-        for case in &cases.cases {
+        for case in &cases.prompts {
             let what = format!("{name}, {}", case.name);
             let ids = input(&case.ids);
             let rows = Ragged::contiguous(&[(SeqId(0), 0, case.ids.len())]);
@@ -130,7 +131,7 @@ fn logits_and_hidden_states() {
 fn greedy_tokens_alone_and_in_a_ragged_batch() {
     for Fixture { name, model, eos, cases, .. } in fixtures() {
         let expected: Vec<(&Case, &Vec<u32>)> =
-            cases.cases.iter().filter_map(|c| Some((c, c.greedy.as_ref()?))).collect();
+            cases.prompts.iter().filter_map(|c| Some((c, c.greedy.as_ref()?))).collect();
         assert!(!expected.is_empty(), "{name} has no continuation");
         let requests =
             || expected.iter().map(|(c, _)| Request::greedy(c.ids.clone(), cases.new_tokens, &eos));
@@ -153,7 +154,7 @@ fn greedy_tokens_alone_and_in_a_ragged_batch() {
 fn cached_in_pieces_equals_uncached() {
     let _no_grad = tch::no_grad_guard();
     for Fixture { name, model, cases, .. } in fixtures() {
-        for case in cases.cases.iter().filter(|c| !moves(&model, c.ids.len())) {
+        for case in cases.prompts.iter().filter(|c| !moves(&model, c.ids.len())) {
             let len = case.ids.len();
             let run = |cache: &mut dyn KvCache, seq: SeqId, from: usize, to: usize| {
                 let ids = input(&case.ids[from..to]);
@@ -191,11 +192,11 @@ fn a_ragged_batch_equals_single_calls() {
     let _no_grad = tch::no_grad_guard();
     for Fixture { name, model, cases, .. } in fixtures() {
         let lens: Vec<_> =
-            cases.cases.iter().enumerate().map(|(i, c)| (SeqId(i as u64), 0, c.ids.len())).collect();
-        let ids = input(&cases.cases.iter().flat_map(|c| c.ids.clone()).collect::<Vec<_>>());
+            cases.prompts.iter().enumerate().map(|(i, c)| (SeqId(i as u64), 0, c.ids.len())).collect();
+        let ids = input(&cases.prompts.iter().flat_map(|c| c.ids.clone()).collect::<Vec<_>>());
         let batch = Batch::new(Ragged::contiguous(&lens), Input::Ids(&ids));
         let all = model.forward(&batch, &mut NoCache::new(), None).unwrap();
-        for ((_, from, positions), case) in all.rows.iter().zip(&cases.cases) {
+        for ((_, from, positions), case) in all.rows.iter().zip(&cases.prompts) {
             let rows = Ragged::contiguous(&[(SeqId(0), 0, case.ids.len())]);
             let ids = input(&case.ids);
             let single =

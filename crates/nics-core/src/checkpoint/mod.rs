@@ -7,7 +7,7 @@
 //! ```no_run,standalone_crate
 //! use nics_core::checkpoint::Checkpoint;
 //! # fn main() -> Result<(), nics_core::checkpoint::CheckpointError> {
-//! let checkpoint = Checkpoint::open("datasets/nano/megrez-text")?;
+//! let checkpoint = Checkpoint::open("path/to/checkpoint")?;
 //! let root = checkpoint.root(tch::Device::Cpu, tch::Kind::Float);
 //! let norm = root.at("model.norm").tensor("weight", &[128])?;
 //! # Ok(()) }

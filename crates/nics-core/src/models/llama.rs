@@ -1,7 +1,7 @@
 //! Llama (Touvron et al., 2023; Grattafiori et al., 2024), beside transformers' `modeling_llama.py`.
 //!
 //! The plain stack of [`super::decoder`]: no biases unless `attention_bias` or `mlp_bias` ask for them, no norm on
-//! queries and keys, no window. Megrez-3B-Instruct is a Llama.
+//! queries and keys, no window.
 
 use serde_json::{Map, Value};
 
