@@ -38,7 +38,7 @@ pub use nics_base::cli::*;
 /// `--model`, `--device`, `--dtype`, `--threads`.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Checkpoint: a folder, or a hub id ORG/NAME[@REVISION]
+    /// Checkpoint: a folder, or a hub id ORG/NAME or ORG/NAME@REVISION
     #[arg(long, short, value_name = "FOLDER|ID", value_parser = not_empty)]
     pub model: String,
     #[command(flatten)]

@@ -13,7 +13,7 @@ use serde_json::json;
 /// Says what a checkpoint holds: architecture, sizes, tensors, tokenizer, template and hashes.
 #[derive(Args)]
 pub struct Inspect {
-    /// Checkpoint: a folder, or a hub id ORG/NAME[@REVISION]
+    /// Checkpoint: a folder, or a hub id ORG/NAME or ORG/NAME@REVISION
     #[arg(value_name = "FOLDER|ID")]
     model: String,
     /// List every tensor
