@@ -25,7 +25,10 @@ pub fn wilson(successes: u64, n: u64) -> [f64; 2] {
     let centre = p + z2 / (2.0 * total);
     let spread = Z * (p * (1.0 - p) / total + z2 / (4.0 * total * total)).sqrt();
     let scale = 1.0 + z2 / total;
-    [((centre - spread) / scale).max(0.0), ((centre + spread) / scale).min(1.0)]
+    // At the ends centre and spread cancel but for rounding.
+    let low = if successes == 0 { 0.0 } else { ((centre - spread) / scale).max(0.0) };
+    let high = if successes >= n { 1.0 } else { ((centre + spread) / scale).min(1.0) };
+    [low, high]
 }
 
 /// Percentile bootstrap interval of a mean (Efron, 1979): the 2.5 % and 97.5 % quantiles of the means of `resamples`
