@@ -159,10 +159,16 @@ impl<'a> Generator<'a> {
                 what: "the model's context",
             });
         }
-        let vocab = self.model.dims().vocab;
+        let (vocab, hidden) = (self.model.dims().vocab, self.model.dims().hidden);
         let ids: &[u32] = match &request.prompt {
             Prompt::Ids(ids) => ids,
-            Prompt::Embeds(_) => &[],
+            Prompt::Embeds(x) if x.size() == [len as i64, hidden] => &[],
+            Prompt::Embeds(x) => {
+                return Err(Error::Input(format!(
+                    "the prompt's embeddings are of shape {:?}, expected [rows, {hidden}]",
+                    x.size()
+                )));
+            }
         };
         if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= vocab) {
             return Err(Error::Input(format!("prompt token {id} is outside the vocabulary of {vocab}")));

@@ -10,6 +10,8 @@ use crate::{Error, Result};
 
 /// Rows by which a layer's storage grows at least.
 const GROWTH: usize = 64;
+/// Layers are numbered below this. No model comes near it; a number from a damaged snapshot must not fill the memory.
+const MAX_LAYERS: usize = 1 << 16;
 
 /// Keys and values as they are, preallocated in steps, one storage per sequence and layer.
 #[derive(Debug, Default)]
@@ -71,7 +73,18 @@ fn copied(t: &Tensor) -> Result<Tensor> {
 impl Layer {
     /// Makes room for `more` rows and writes them behind the kept ones without counting them yet.
     fn write(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
-        let (kept, more) = (self.positions.len(), k.size()[0] as usize);
+        let (more, heads, d) = k.size3()?;
+        if let Some((keys, _)) = &self.storage {
+            let (kept_heads, _, kept_d) = keys.size3()?;
+            if (kept_heads, kept_d, keys.kind()) != (heads, d, k.kind()) {
+                return Err(Error::Input(format!(
+                    "the cache keeps {kept_heads} heads of {kept_d} channels ({:?}), new rows have {heads} of {d} ({:?})",
+                    keys.kind(),
+                    k.kind()
+                )));
+            }
+        }
+        let (kept, more) = (self.positions.len(), more as usize);
         let need = kept + more;
         if need > max_tokens {
             return Err(Error::ContextOverflow { need, max: max_tokens, what: "the sequence's cache" });
@@ -114,6 +127,12 @@ impl KvCache for DenseCache {
 
     fn attend(&mut self, at: &Site, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         check_qkv(at, q, k, v)?;
+        if at.layer >= MAX_LAYERS {
+            return Err(Error::Input(format!(
+                "layer {} is beyond the {MAX_LAYERS} that a cache has",
+                at.layer
+            )));
+        }
         let (q, k) = (at.rope.apply(q)?, at.rope.apply(k)?);
         let mut outs = Vec::with_capacity(at.rows.seqs().len());
         let mut scores = at.want_scores.map(|_| Vec::new());
@@ -210,14 +229,15 @@ impl KvCache for DenseCache {
         for (name, positions) in &by_name {
             let Some(l) = name.strip_suffix(".positions") else { continue };
             let damaged = || Error::Input(format!("the snapshot of layer {l} is incomplete or damaged"));
-            let index: usize = l.parse().map_err(|_| damaged())?;
+            let index = l.parse().ok().filter(|&index: &usize| index < MAX_LAYERS).ok_or_else(damaged)?;
             let k = by_name.get(format!("{l}.k").as_str()).ok_or_else(damaged)?;
             let v = by_name.get(format!("{l}.v").as_str()).ok_or_else(damaged)?;
             if positions.kind() != Kind::Int64 || k.size() != v.size() || k.dim() != 3 {
                 return Err(damaged());
             }
             let positions = Vec::<i64>::try_from(*positions).map_err(|_| damaged())?;
-            if k.size()[1] != positions.len() as i64 || positions.len() > snapshot.max_tokens {
+            let ascending = positions.windows(2).all(|p| p[0] < p[1]);
+            if k.size()[1] != positions.len() as i64 || positions.len() > snapshot.max_tokens || !ascending {
                 return Err(damaged());
             }
             if layers.len() <= index {
