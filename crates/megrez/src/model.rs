@@ -25,12 +25,15 @@ pub fn load_decoder(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Resu
             let config = models::llama::config(checkpoint.config_json()).map_err(|e| e.in_file(&path))?;
             models::load_at(config, &checkpoint.root(device, kind).at("llm"))
         }
-        other => Err(Error::UnsupportedArchitecture {
-            found: other.to_owned(),
-            known: "LlamaForCausalLM (Megrez-3B-Instruct) and MegrezO (the language model of Megrez-3B-Omni); the \
-                    mixture-of-experts Megrez2 is another model"
-                .into(),
-        }),
+        other => {
+            let refused = Error::UnsupportedArchitecture {
+                found: other.to_owned(),
+                known: "LlamaForCausalLM (Megrez-3B-Instruct) and MegrezO (the language model of Megrez-3B-Omni); the \
+                        mixture-of-experts Megrez2 is another model"
+                    .into(),
+            };
+            Err(refused.in_file(&checkpoint.dir().join("config.json")))
+        }
     }
 }
 
@@ -74,13 +77,26 @@ impl Megrez {
         })
     }
 
+    /// Refuses a prompt that no token could follow: an empty one, ids outside the vocabulary, no room in the context.
+    pub fn check_prompt(&self, ids: &[u32]) -> Result<()> {
+        let dims = self.decoder.dims();
+        if ids.is_empty() {
+            return Err(Error::input("the prompt is empty"));
+        }
+        if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= dims.vocab) {
+            return Err(Error::Input(format!("token {id} is outside the vocabulary of {}", dims.vocab)));
+        }
+        if ids.len() >= dims.context {
+            let what = "the model's context";
+            return Err(Error::ContextOverflow { need: ids.len() + 1, max: dims.context, what });
+        }
+        Ok(())
+    }
+
     /// Logits of the token after `prompt`, without a cache.
     pub fn next_logits(&self, prompt: &[u32]) -> Result<Vec<f32>> {
+        self.check_prompt(prompt)?;
         let dims = self.decoder.dims();
-        if prompt.len() > dims.context {
-            let what = "the model's context";
-            return Err(Error::ContextOverflow { need: prompt.len(), max: dims.context, what });
-        }
         let _no_grad = tch::no_grad_guard();
         let ids: Vec<i64> = prompt.iter().map(|&id| i64::from(id)).collect();
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(dims.device)?;

@@ -33,7 +33,7 @@ pub use message::{Content, Message};
 /// Longest template that is read; the largest published ones take 50 kB.
 const MAX_TEMPLATE: u64 = 4 << 20;
 /// Steps that a rendering may take: a template is a program of a stranger's, and must end.
-const FUEL: u64 = 50_000_000;
+const FUEL: u64 = 10_000_000;
 
 /// What can be wrong with a chat template.
 #[derive(Debug, thiserror::Error)]

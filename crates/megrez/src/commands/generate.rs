@@ -212,9 +212,8 @@ impl Generate {
                 (true, false) => megrez.prompter.tokenizer.encode_ordinary(text)?,
             }
         };
-        if ids.is_empty() {
-            bail!("the prompt is empty");
-        }
+        // Before anything is written: the last of many prompts must not end a run that has written all others.
+        megrez.check_prompt(&ids)?;
         Ok(ids)
     }
 

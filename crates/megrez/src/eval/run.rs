@@ -151,12 +151,19 @@ fn record(index: usize, item: &Item, settings: &Settings, prompt: &[u32]) -> Rec
     }
 }
 
+/// Token ids up to the reply.
+fn prompt(megrez: &Megrez, item: &Item) -> Result<Vec<u32>> {
+    let ids = megrez.prompter.encode(&item.messages, true)?;
+    megrez.check_prompt(&ids).map_err(|e| Error::Input(format!("{}: {e}", item.id)))?;
+    Ok(ids)
+}
+
 /// Chooses the option whose letter is the likeliest next token.
 fn choose(megrez: &Megrez, index: usize, item: &Item, settings: &Settings) -> Result<Record> {
     let Gold::Option { of, .. } = item.gold else {
         return Err(Error::Input(format!("{} has no options", item.id)));
     };
-    let prompt = megrez.prompter.encode(&item.messages, true)?;
+    let prompt = prompt(megrez, item)?;
     let letters = (0..of)
         .map(|i| {
             megrez.prompter.tokenizer.encode_ordinary(&Choice::letter(i).to_string()).map_err(Error::from)
@@ -190,8 +197,7 @@ fn reply(
     interrupt: &Interrupt,
     writer: &mut Writer,
 ) -> Result<()> {
-    let prompts =
-        todo.iter().map(|&i| megrez.prompter.encode(&items[i].messages, true)).collect::<Result<Vec<_>>>()?;
+    let prompts = todo.iter().map(|&i| prompt(megrez, &items[i])).collect::<Result<Vec<_>>>()?;
     let requests = todo.iter().zip(&prompts).map(|(&i, prompt)| Request {
         prompt: Prompt::Ids(prompt.clone()),
         // A seed of its own for each item, whatever shard or batch it falls into.

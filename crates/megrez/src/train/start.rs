@@ -54,7 +54,8 @@ pub(super) fn start(recipe: &Recipe, state: &Path, device: Device) -> Result<(Me
             let tokenizer = Tokenizer::from_file(&vocabulary.join("tokenizer.json"))?;
             let config = complete(config, *initializer_range, &tokenizer)?;
             let Value::Object(fields) = &config else { return Err(Error::input("config is not an object")) };
-            let decoder_config = models::config(fields)?;
+            let decoder_config = models::config(fields)
+                .map_err(|e| Error::Config(format!("model.scratch.config of the recipe: {e}")))?;
             let root = initial(*seed, *initializer_range, decoder_config.layers, device);
             let decoder = Decoder::load(decoder_config, &root)?;
             let eos = tokenizer.token_id(TURN_END).into_iter().collect();

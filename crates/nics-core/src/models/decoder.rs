@@ -112,9 +112,19 @@ fn default_window_layers() -> usize {
     28
 }
 
+/// More layers than any model has.
+const MAX_LAYERS: usize = 1 << 16;
+
 impl RawConfig {
     /// Reads and checks the shared fields.
     pub fn parse(json: &Map<String, Value>) -> Result<Self> {
+        if let Some(method) = json.get("quantization_config").filter(|q| !q.is_null()) {
+            let method = method.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+            return Err(Error::Config(format!(
+                "the weights are quantized ({method}); this loader reads bf16, f16 and f32 weights: use the original \
+                 checkpoint"
+            )));
+        }
         let mut json = json.clone();
         // transformers 5 writes `rope_parameters`; a null beside it must not count as a second value.
         if json.get("rope_parameters").is_some_and(|v| !v.is_null()) {
@@ -122,8 +132,11 @@ impl RawConfig {
         } else {
             json.remove("rope_parameters");
         }
-        let raw: Self =
-            serde_json::from_value(Value::Object(json)).map_err(|e| Error::Config(e.to_string()))?;
+        let raw: Self = serde_path_to_error::deserialize(Value::Object(json)).map_err(|e| {
+            // A missing field is named by the reason, a wrong one by its path.
+            let (path, reason) = (e.path().to_string(), e.inner());
+            Error::Config(if path == "." { reason.to_string() } else { format!("`{path}`: {reason}") })
+        })?;
         let sizes = [
             ("hidden_size", raw.hidden_size),
             ("intermediate_size", raw.intermediate_size),
@@ -135,6 +148,13 @@ impl RawConfig {
         ];
         if let Some((name, found)) = sizes.into_iter().find(|(_, v)| !(1..=1 << 40).contains(v)) {
             return Err(Error::Config(format!("`{name}` is {found}, expected a positive number")));
+        }
+        // Tables of the layers are made before their first tensor is missed.
+        if raw.num_hidden_layers > MAX_LAYERS {
+            let found = raw.num_hidden_layers;
+            return Err(Error::Config(format!(
+                "`num_hidden_layers` is {found}, expected at most {MAX_LAYERS}"
+            )));
         }
         if raw.hidden_act != "silu" {
             return Err(Error::Config(format!("`hidden_act` is `{}`, only `silu` is known", raw.hidden_act)));
@@ -367,6 +387,11 @@ impl Decoder {
     /// Reads all weights under `at` (the checkpoint's root, or `llm` in an omni checkpoint).
     pub fn load(config: DecoderConfig, at: &TensorPath) -> Result<Self> {
         let c = &config;
+        let at = &at.because(format!(
+            "config.json (hidden_size {}, intermediate_size {}, num_hidden_layers {}, num_attention_heads {}, \
+             num_key_value_heads {}, head_dim {}, vocab_size {})",
+            c.hidden, c.intermediate, c.layers, c.heads, c.kv_heads, c.head_dim, c.vocab
+        ));
         let model = at.at("model");
         let embed_tokens = model.at("embed_tokens").tensor("weight", &[c.vocab, c.hidden])?;
         let lm_head: Box<dyn Projection> = if c.tied {

@@ -128,13 +128,6 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         .and_then(|a| a.get(0))
         .and_then(Value::as_str)
         .ok_or_else(|| Error::Config("`architectures` is missing or empty".into()))?;
-    if let Some(method) = json.get("quantization_config").filter(|q| !q.is_null()) {
-        let method = method.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
-        return Err(Error::Config(format!(
-            "the weights are quantized ({method}); this loader reads bf16, f16 and f32 weights: use the original \
-             checkpoint"
-        )));
-    }
     match architecture {
         "LlamaForCausalLM" => llama::config(json),
         "Qwen2ForCausalLM" => qwen2::config(json),
