@@ -195,7 +195,7 @@ fn indices() -> Vec<Case> {
         }),
         damaged("index key that its shard lacks", &[INDEX, "extra.weight", "does not hold it"], |m| {
             shards(m, |map| {
-                drop(map.insert("extra.weight".into(), "model-00001-of-00002.safetensors".into()))
+                drop(map.insert("extra.weight".into(), "model-00001-of-00002.safetensors".into()));
             });
         }),
         damaged("index that is not JSON", &[INDEX, "not valid JSON"], |m| {
@@ -209,14 +209,14 @@ fn configurations() -> Vec<Case> {
     const FILE: &str = "m/config.json";
     vec![
         damaged("config.json missing", &["m has no config.json"], |m| remove(m, "config.json")),
-        damaged("config.json is not JSON", &[FILE, "line 1 column 18"], |m| {
+        damaged("config.json is not JSON", &[FILE, "line 1 column 19"], |m| {
             write(m, "config.json", "{\"hidden_size\": 6,,}");
         }),
         config("config.json without hidden_size", &[FILE, "hidden_size"], |c| {
             c.as_object_mut().unwrap().remove("hidden_size");
         }),
         config("hidden_size in words", &[FILE, "`hidden_size`", "many"], |c| {
-            c["hidden_size"] = "many".into()
+            c["hidden_size"] = "many".into();
         }),
         config("hidden_size negative", &[FILE, "`hidden_size` is -64"], |c| c["hidden_size"] = json!(-64)),
         config("heads no multiple of key heads", &[FILE, "`num_attention_heads` 8", "3"], |c| {

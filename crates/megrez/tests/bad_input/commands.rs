@@ -379,7 +379,10 @@ fn states() -> Vec<Case> {
             std::fs::write(dir.join("made.training"), "a file").unwrap();
         }),
         prepared("parameters to freeze that are not there", &["freeze", "`model.vision`"], TRAIN, |dir| {
-            let start = format!("[model.from]\ncheckpoint = {:?}\nfreeze = [\"model.vision\"]\n", golden());
+            let start = format!(
+                "[model.from]\ncheckpoint = \"{}\"\nfreeze = [\"model.vision\"]\n",
+                golden().display()
+            );
             let data = "[data]\nsource = { word-problems = { seed = 1 } }\nbatch = 2\n";
             std::fs::write(dir.join("r.toml"), format!("{data}{start}")).unwrap();
         }),
