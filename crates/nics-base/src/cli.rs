@@ -84,10 +84,10 @@ impl ShardArg {
 #[derive(Debug, Clone, Default, Args)]
 pub struct LogArgs {
     /// Only errors, no progress
-    #[arg(long, short, conflicts_with = "verbose")]
+    #[arg(long, short, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
     /// More messages on stderr: -v info, -vv debug, -vvv trace; NICS_LOG takes a filter such as `nics_core=debug`
-    #[arg(long, short, action = ArgAction::Count)]
+    #[arg(long, short, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 }
 

@@ -90,11 +90,13 @@ pub fn answer(
     let hash = nics_base::hash::value(&(settings, &output.identity))?;
     let name = ShardName::new("items", &hash, output.shard);
     let done = output.dir.join(name.file_name());
+    let partial = output.dir.join(name.partial_name());
     if done.exists() {
         let records: Vec<Record> = jsonl::read(&done)?;
+        // Left behind where an earlier run ended between its last two steps.
+        let _ = std::fs::remove_file(&partial);
         return Ok((done, records));
     }
-    let partial = output.dir.join(name.partial_name());
     let (log, mut records) = JsonlLog::<Record>::open(&partial)?;
     let known: HashSet<usize> = records.iter().map(|r| r.index).collect();
     let todo: Vec<usize> = output.shard.items(items.len()).filter(|i| !known.contains(i)).collect();

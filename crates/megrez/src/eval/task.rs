@@ -1,5 +1,7 @@
 //! What a model can be evaluated on, as items: a conversation to be answered and what counts as right.
 
+use std::collections::HashMap;
+
 use nics_base::hub::{Hub, Source};
 use nics_core::template::Message;
 use nics_core::{Error, Result};
@@ -176,29 +178,30 @@ fn choices(benchmark: Benchmark, selection: &Selection) -> Result<Vec<Item>> {
         selection.subjects.clone()
     };
     let english = benchmark == Benchmark::Mmlu;
+    let solved = if selection.shots == 0 {
+        Vec::new()
+    } else {
+        benchmark.load(&source, Part::Dev, &subjects).map_err(Error::input)?
+    };
+    let mut shots: HashMap<&str, Vec<Message>> = HashMap::new();
+    for subject in &subjects {
+        let own: Vec<&Choice> =
+            solved.iter().filter(|c| c.subject == *subject).take(selection.shots).collect();
+        if own.len() < selection.shots {
+            tracing::warn!("{subject}: {} solved examples instead of {}", own.len(), selection.shots);
+        }
+        shots.insert(subject, own.into_iter().flat_map(|c| [ask(c, english), answer(c)]).collect());
+    }
     let mut items = Vec::new();
-    for subject in subjects {
-        let one = std::slice::from_ref(&subject);
-        let shots = if selection.shots == 0 {
-            Vec::new()
-        } else {
-            benchmark.load(&source, Part::Dev, one).map_err(Error::input)?
-        };
-        if shots.len() < selection.shots {
-            tracing::warn!("{subject}: {} solved examples instead of {}", shots.len(), selection.shots);
-        }
-        let shots: Vec<Message> =
-            shots.iter().take(selection.shots).flat_map(|c| [ask(c, english), answer(c)]).collect();
-        for choice in benchmark.load(&source, part, one).map_err(Error::input)? {
-            let mut messages = shots.clone();
-            messages.push(ask(&choice, english));
-            items.push(Item {
-                id: choice.id,
-                subject: choice.subject,
-                messages,
-                gold: Gold::Option { index: choice.answer, of: choice.options.len() },
-            });
-        }
+    for choice in benchmark.load(&source, part, &subjects).map_err(Error::input)? {
+        let mut messages = shots.get(choice.subject.as_str()).cloned().unwrap_or_default();
+        messages.push(ask(&choice, english));
+        items.push(Item {
+            id: choice.id,
+            subject: choice.subject,
+            messages,
+            gold: Gold::Option { index: choice.answer, of: choice.options.len() },
+        });
     }
     Ok(items)
 }
