@@ -65,6 +65,10 @@ pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
     if long {
         command.args(["--", "--include-ignored"]);
     }
+    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+        // Tests run side by side: threads of their own would only wait for each other.
+        command.env("OMP_NUM_THREADS", "1");
+    }
     run_ok(&mut command, interrupt)
 }
 
