@@ -65,7 +65,7 @@ pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
     if long {
         command.args(["--", "--include-ignored"]);
     }
-    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+    if env::var_os("OMP_NUM_THREADS").is_none() {
         // Tests run side by side: threads of their own would only wait for each other.
         command.env("OMP_NUM_THREADS", "1");
     }
