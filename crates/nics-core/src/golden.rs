@@ -61,11 +61,7 @@ impl Golden {
     pub fn check(&self, kinds: Kinds) -> Result<usize> {
         let mut cases = 0;
         let mut missing: Vec<&str> = kinds.run.to_vec();
-        let mut names: Vec<String> = std::fs::read_dir(&self.dir)
-            .and_then(|entries| entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect())
-            .map_err(|source| Error::Io { path: self.dir.clone(), source })?;
-        names.sort();
-        for name in &names {
+        for name in &self.names()? {
             let is = |kind: &&str| kind_of(name) == *kind;
             if kinds.parts.contains(&name.as_str()) {
                 continue;
@@ -93,14 +89,20 @@ impl Golden {
     /// # Errors
     /// None is there, or the folder cannot be read.
     pub fn cases(&self, kind: &str) -> Result<Vec<String>> {
-        let mut names: Vec<String> = std::fs::read_dir(&self.dir)
-            .and_then(|entries| entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect())
-            .map_err(|source| Error::Io { path: self.dir.clone(), source })?;
+        let mut names = self.names()?;
         names.retain(|n| kind_of(n) == kind);
-        names.sort();
         if names.is_empty() {
             return Err(Error::Input(format!("{}: no case of kind `{kind}`", self.dir.display())));
         }
+        Ok(names)
+    }
+
+    /// Names of all files, sorted.
+    fn names(&self) -> Result<Vec<String>> {
+        let mut names: Vec<String> = std::fs::read_dir(&self.dir)
+            .and_then(|entries| entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect())
+            .map_err(|source| Error::Io { path: self.dir.clone(), source })?;
+        names.sort();
         Ok(names)
     }
 

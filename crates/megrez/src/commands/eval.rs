@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use megrez::eval::{Mode, Output, Record, Selection, Settings, Task, answer, items, rows};
 use nics_base::interrupt::Interrupt;
+use nics_base::jsonl;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
-use nics_base::{artefact, jsonl};
 use nics_core::cli::{JsonArg, ModelArgs, PluginArgs, SamplingArgs, SeedArg, ShardArg};
 
 use super::Loaded;
@@ -179,9 +179,7 @@ impl Rows {
             ..Row::default()
         };
         let rows = rows(&records, &common);
-        let lines = rows.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
-        artefact::write_atomic(&self.out, lines.join("\n") + "\n")
-            .with_context(|| format!("cannot write {}", self.out.display()))?;
+        row::write(&self.out, &rows)?;
         print(&rows, self.json.json)
     }
 }

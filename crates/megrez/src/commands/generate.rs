@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use megrez::prompt::prompt_hash;
 use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
@@ -91,10 +92,6 @@ impl Generate {
         for (i, line) in lines.iter().enumerate() {
             prompts.push(self.encode(megrez, line).with_context(|| format!("prompt {}", i + 1))?);
         }
-        let hash = |ids: &[u32]| {
-            nics_base::hash::bytes(ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>())[..16]
-                .to_owned()
-        };
         let (mut log, known) = match &self.out.out {
             None => (None, Vec::new()),
             Some(path) => {
@@ -103,7 +100,7 @@ impl Generate {
             }
         };
         for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| hash(p) != reply.prompt_hash) {
+            if prompts.get(reply.index).is_none_or(|p| prompt_hash(p) != reply.prompt_hash) {
                 bail!(
                     "{} holds a reply to another prompt (index {}): give another --out, or delete it",
                     self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
@@ -134,7 +131,7 @@ impl Generate {
                 let reply = Reply {
                     index: i,
                     id: lines[i].id.clone().unwrap_or_else(|| i.into()),
-                    prompt_hash: hash(&prompts[i]),
+                    prompt_hash: prompt_hash(&prompts[i]),
                     text: String::new(),
                     tokens: Vec::new(),
                     finish: String::new(),

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::extract::{choice_letter, last_number};
 use super::task::{Gold, Item, Mode, Selection};
 use crate::model::Megrez;
+use crate::prompt::prompt_hash;
 
 /// How items are answered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -134,13 +135,12 @@ impl Writer<'_> {
 }
 
 fn record(index: usize, item: &Item, settings: &Settings, prompt: &[u32]) -> Record {
-    let bytes: Vec<u8> = prompt.iter().flat_map(|id| id.to_le_bytes()).collect();
     Record {
         index,
         id: item.id.clone(),
         task: settings.selection.task.name().to_owned(),
         subject: item.subject.clone(),
-        prompt_hash: nics_base::hash::bytes(bytes)[..16].to_owned(),
+        prompt_hash: prompt_hash(prompt),
         output: String::new(),
         extracted: None,
         gold: match &item.gold {

@@ -1,5 +1,6 @@
 //! The conversations of a run, as batches that depend on seed and place alone.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::path::Path;
 
@@ -29,8 +30,15 @@ pub struct Conversations {
 }
 
 enum Opened {
-    WordProblems { seed: u64 },
-    File { all: Vec<Vec<Message>>, seed: u64 },
+    WordProblems {
+        seed: u64,
+    },
+    /// `order` is that of the pass in hand, with the pass's number.
+    File {
+        all: Vec<Vec<Message>>,
+        seed: u64,
+        order: RefCell<(u64, Vec<usize>)>,
+    },
 }
 
 #[derive(Deserialize)]
@@ -52,7 +60,11 @@ impl Conversations {
     pub fn open(source: &Source, seed: u64) -> Result<Self> {
         let source = match source {
             Source::WordProblems { seed } => Opened::WordProblems { seed: *seed },
-            Source::Conversations { file } => Opened::File { all: read(file)?, seed },
+            Source::Conversations { file } => {
+                let all = read(file)?;
+                let order = RefCell::new((0, pass(all.len(), seed, 0)));
+                Opened::File { all, seed, order }
+            }
         };
         Ok(Self { source })
     }
@@ -61,16 +73,25 @@ impl Conversations {
     pub fn get(&self, index: u64) -> Vec<Message> {
         match &self.source {
             Opened::WordProblems { seed } => word_problem(Split::Train, *seed, index).to_vec(),
-            Opened::File { all, seed } => {
+            Opened::File { all, seed, order } => {
                 let n = all.len() as u64;
-                let mut order: Vec<usize> = (0..all.len()).collect();
-                let mut rng = ChaCha8Rng::seed_from_u64(*seed);
-                rng.set_stream(index / n);
-                order.shuffle(&mut rng);
-                all[order[(index % n) as usize]].clone()
+                let mut order = order.borrow_mut();
+                if order.0 != index / n {
+                    *order = (index / n, pass(all.len(), *seed, index / n));
+                }
+                all[order.1[(index % n) as usize]].clone()
             }
         }
     }
+}
+
+/// The order of `n` conversations in a pass over them.
+fn pass(n: usize, seed: u64, number: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(number);
+    order.shuffle(&mut rng);
+    order
 }
 
 fn read(path: &Path) -> Result<Vec<Vec<Message>>> {
