@@ -11,6 +11,7 @@
 //! | [`cache`] | the dense ragged cache and the differentiable `NoCache` |
 //! | [`models`] | the decoder families: Llama, Qwen2, Qwen3 |
 //! | [`sampling`], [`generate`] | logits processors and step-wise ragged generation |
+//! | `server` | OpenAI's API over an engine (feature `server`) |
 //! | [`train`] | training loop of small models with exact resume |
 //!
 //! No module names a method: a method is a crate that implements a seam.
@@ -29,6 +30,8 @@ pub mod nn;
 pub mod plugin;
 pub mod sampling;
 pub mod seam;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod template;
 pub mod text;
 pub mod tokenizer;
