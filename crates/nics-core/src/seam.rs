@@ -181,6 +181,34 @@ pub trait KvCache: Send {
     /// Memory in use.
     fn bytes(&self) -> Bytes;
 
+    /// Bytes that a sequence of `tokens` rows a layer takes at most, for admission before it is opened. The default is
+    /// that of keys and values kept as they are, in the model's dtype.
+    fn forecast(&self, dims: &ModelDims, tokens: usize) -> usize {
+        let row = 2 * (dims.kv_heads * dims.head_dim) as usize * dims.kind.elt_size_in_bytes();
+        dims.layers.saturating_mul(row).saturating_mul(tokens)
+    }
+
+    /// Memory of one sequence, a part of [`bytes`](Self::bytes); `None` for an unknown one or when the cache cannot tell.
+    fn held(&self, s: SeqId) -> Option<Bytes> {
+        let _ = s;
+        None
+    }
+
+    /// A new sequence of at most `max_tokens` rows a layer that begins with the rows of `s` before `position`, so that a
+    /// prompt which begins like another need not be computed twice. `None`, the default, when the cache cannot give the
+    /// state that those rows alone would have led to (it has evicted or rewritten some, or a hook shortened them).
+    fn branch(&mut self, s: SeqId, position: usize, max_tokens: usize) -> Result<Option<SeqId>> {
+        let _ = (s, position, max_tokens);
+        Ok(None)
+    }
+
+    /// [`branch`](Self::branch) without the copy: `s` itself forgets what is at `position` and after and may from now on
+    /// hold `max_tokens` rows a layer. `false`, the default, when it cannot; `s` is then as it was.
+    fn resume(&mut self, s: SeqId, position: usize, max_tokens: usize) -> Result<bool> {
+        let _ = (s, position, max_tokens);
+        Ok(false)
+    }
+
     /// A copy of a sequence.
     fn fork(&mut self, s: SeqId) -> Result<SeqId>;
 

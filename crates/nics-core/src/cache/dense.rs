@@ -71,6 +71,22 @@ fn copied(t: &Tensor) -> Result<Tensor> {
 }
 
 impl Layer {
+    /// A copy of the first `rows` rows, with room to grow within `max_tokens`.
+    fn first(&self, rows: usize, max_tokens: usize) -> Result<Self> {
+        let capacity = (rows + GROWTH).next_multiple_of(GROWTH).min(max_tokens) as i64;
+        let copied = |t: &Tensor| -> Result<Tensor> {
+            let (heads, _, d) = t.size3()?;
+            let own = t.f_new_empty([heads, capacity, d], (t.kind(), t.device()))?;
+            own.f_narrow(1, 0, rows as i64)?.f_copy_(&t.f_narrow(1, 0, rows as i64)?)?;
+            Ok(own)
+        };
+        let storage = match &self.storage {
+            Some((k, v)) => Some((copied(k)?, copied(v)?)),
+            None => None,
+        };
+        Ok(Self { storage, positions: self.positions[..rows].to_vec() })
+    }
+
     /// Makes room for `more` rows and writes them behind the kept ones without counting them yet.
     fn write(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
         let (more, heads, d) = k.size3()?;
@@ -113,6 +129,30 @@ impl Layer {
             values.f_narrow(1, kept, more)?.f_copy_(&v.f_transpose(0, 1)?)?;
         }
         Ok(())
+    }
+}
+
+impl Sequence {
+    /// Whether every layer keeps exactly the rows at positions 0 to `position`, and they fit `max_tokens`.
+    fn begins_with(&self, position: usize, max_tokens: usize) -> bool {
+        // Positions ascend from 0, so the row of that number tells of all before it.
+        position > 0
+            && position <= max_tokens
+            && !self.layers.is_empty()
+            && self.layers.iter().all(|l| l.positions.get(position - 1) == Some(&(position as i64 - 1)))
+    }
+
+    fn bytes(&self) -> Bytes {
+        let mut bytes = Bytes::default();
+        for layer in &self.layers {
+            for t in layer.storage.iter().flat_map(|(k, v)| [k, v]) {
+                let (heads, capacity, d) = (t.size()[0], t.size()[1], t.size()[2]);
+                let row = (heads * d) as usize * t.kind().elt_size_in_bytes();
+                bytes.payload += row * layer.positions.len();
+                bytes.allocated += row * capacity as usize;
+            }
+        }
+        bytes
     }
 }
 
@@ -188,16 +228,41 @@ impl KvCache for DenseCache {
     }
 
     fn bytes(&self) -> Bytes {
-        let mut bytes = Bytes::default();
-        for layer in self.sequences.values().flat_map(|s| &s.layers) {
-            for t in layer.storage.iter().flat_map(|(k, v)| [k, v]) {
-                let (heads, capacity, d) = (t.size()[0], t.size()[1], t.size()[2]);
-                let row = (heads * d) as usize * t.kind().elt_size_in_bytes();
-                bytes.payload += row * layer.positions.len();
-                bytes.allocated += row * capacity as usize;
-            }
+        self.sequences.values().map(Sequence::bytes).fold(Bytes::default(), |sum, one| Bytes {
+            payload: sum.payload + one.payload,
+            allocated: sum.allocated + one.allocated,
+        })
+    }
+
+    fn held(&self, s: SeqId) -> Option<Bytes> {
+        self.sequences.get(&s).map(Sequence::bytes)
+    }
+
+    fn branch(&mut self, s: SeqId, position: usize, max_tokens: usize) -> Result<Option<SeqId>> {
+        let sequence = self.sequence(s)?;
+        if !sequence.begins_with(position, max_tokens) {
+            return Ok(None);
         }
-        bytes
+        let layers = sequence.layers.iter().map(|l| l.first(position, max_tokens)).collect::<Result<_>>()?;
+        Ok(Some(self.insert(Sequence { max_tokens, layers })))
+    }
+
+    fn resume(&mut self, s: SeqId, position: usize, max_tokens: usize) -> Result<bool> {
+        let sequence = self.sequences.get_mut(&s).ok_or_else(|| unknown(s))?;
+        if !sequence.begins_with(position, max_tokens) {
+            return Ok(false);
+        }
+        let larger = |l: &Layer| l.storage.as_ref().is_some_and(|(k, _)| k.size()[1] > max_tokens as i64);
+        if sequence.layers.iter().any(larger) {
+            // Never more than the sequence may hold.
+            let layers = sequence.layers.iter().map(|l| l.first(position, max_tokens));
+            sequence.layers = layers.collect::<Result<_>>()?;
+        }
+        for layer in &mut sequence.layers {
+            layer.positions.truncate(position);
+        }
+        sequence.max_tokens = max_tokens;
+        Ok(true)
     }
 
     fn fork(&mut self, s: SeqId) -> Result<SeqId> {
