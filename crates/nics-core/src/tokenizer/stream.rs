@@ -126,6 +126,31 @@ impl<'a> DecodeStream<'a> {
     }
 }
 
+impl Tokenizer {
+    /// The bytes that a token stands for in the middle of a text, which may be part of a character; `None` beyond the
+    /// vocabulary. Special tokens are their literal form.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.token(id)?;
+        let mut stages = Vec::new();
+        flatten(self.inner.hf.get_decoder(), &mut stages);
+        if self.is_special_token(&token) {
+            return Some(token.into_bytes());
+        }
+        if let [DecoderWrapper::ByteLevel(_)] = stages.as_slice() {
+            let mut bytes = Vec::new();
+            push_bytes(&token, &mut bytes);
+            return Some(bytes);
+        }
+        if is_byte_token(&token) && stages.iter().any(|s| matches!(s, DecoderWrapper::ByteFallback(_))) {
+            return Some(vec![u8::from_str_radix(&token[3..5], 16).ok()?]);
+        }
+        // Decoders strip the begin of a text: what the token adds behind itself is its text.
+        let once = self.decode(&[id], false).ok()?;
+        let twice = self.decode(&[id, id], false).ok()?;
+        Some(twice.strip_prefix(once.as_str()).unwrap_or(&once).as_bytes().to_vec())
+    }
+}
+
 /// The stages of a decoder, sequences resolved.
 fn flatten<'a>(decoder: Option<&'a DecoderWrapper>, stages: &mut Vec<&'a DecoderWrapper>) {
     match decoder {
