@@ -169,8 +169,13 @@ impl<'a> Generator<'a> {
     /// Calls `hook` in every layer; prompts are then read in one piece, since a hook sees whole prompts.
     #[must_use]
     pub fn with_hook(mut self, hook: &'a mut dyn LayerHook) -> Self {
-        self.hook = Some(hook);
+        self.set_hook(hook);
         self
+    }
+
+    /// [`with_hook`](Self::with_hook) in place.
+    pub fn set_hook(&mut self, hook: &'a mut dyn LayerHook) {
+        self.hook = Some(hook);
     }
 
     /// The most positions a sequence may take, in place of the checkpoint's own limit.
