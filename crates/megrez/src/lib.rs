@@ -5,6 +5,9 @@
 //! |---|---|
 //! | [`model`] | which checkpoints are Megrez; loading one with tokenizer, template and defaults |
 //! | [`prompt`] | conversations to token ids; special tokens in user text are plain text |
+//! | [`tools`] | tools and their calls in a conversation |
+//! | [`prompts`] | the texts around a search, replaceable |
+//! | `agent` (feature `agent`) | a model that searches the web and cites what it finds |
 //! | [`chat`] | a conversation that stays within the context |
 //! | [`eval`] | multiple choice and arithmetic, resumable and shard-native |
 //! | [`train`] | training from scratch and fine-tuning, exactly resumable |
@@ -30,11 +33,15 @@
 //! # Ok(()) }
 //! ```
 
+#[cfg(feature = "agent")]
+pub mod agent;
 pub mod chat;
 pub mod eval;
 pub mod labels;
 pub mod model;
 pub mod prompt;
+pub mod prompts;
+pub mod tools;
 pub mod train;
 pub mod vocabulary;
 

@@ -4,6 +4,7 @@ use nics_core::checkpoint::Checkpoint;
 use nics_core::template::{ChatTemplate, Message, RenderOptions};
 use nics_core::tokenizer::Tokenizer;
 use nics_core::{Error, Result};
+use serde_json::{Map, Value};
 
 use crate::labels::TurnTokens;
 use crate::vocabulary::CHAT_TEMPLATE;
@@ -19,6 +20,61 @@ pub const TURN_END: &str = "<|turn_end|>";
 pub fn prompt_hash(ids: &[u32]) -> String {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     nics_base::hash::bytes(bytes)[..16].to_owned()
+}
+
+/// A piece of a turn's content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// Text, whatever it spells.
+    Text(String),
+    /// A special token.
+    Special(String),
+}
+
+/// A turn whose content may hold special tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Turn {
+    /// Whose turn it is.
+    pub role: String,
+    /// Its content, in order.
+    pub parts: Vec<Part>,
+    /// Further fields that a template may read.
+    pub extra: Map<String, Value>,
+    /// A content that is no text, for the template to read as it is.
+    other: Option<Message>,
+}
+
+impl Turn {
+    /// A turn of text alone.
+    pub fn text(role: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { role: role.into(), parts: vec![Part::Text(text.into())], extra: Map::new(), other: None }
+    }
+
+    /// A turn of these parts.
+    pub fn new(role: impl Into<String>, parts: Vec<Part>, extra: Map<String, Value>) -> Self {
+        Self { role: role.into(), parts, extra, other: None }
+    }
+
+    fn of(message: &Message) -> Self {
+        match message.text() {
+            Some(text) => Self { extra: message.extra.clone(), ..Self::text(&message.role, text) },
+            None => Self { other: Some(message.clone()), ..Self::new(&message.role, Vec::new(), Map::new()) },
+        }
+    }
+
+    fn content(&self) -> String {
+        let text = |part: &Part| match part {
+            Part::Text(text) | Part::Special(text) => text.clone(),
+        };
+        self.parts.iter().map(text).collect()
+    }
+
+    fn message(&self) -> Message {
+        if let Some(message) = &self.other {
+            return message.clone();
+        }
+        Message { extra: self.extra.clone(), ..Message::new(&self.role, self.content()) }
+    }
 }
 
 /// Renders conversations with the checkpoint's template and tokenizes them.
@@ -64,38 +120,77 @@ impl Prompter {
         if messages.is_empty() {
             return Err(Error::input("the conversation is empty"));
         }
-        let special = |m: &Message| m.text().is_some_and(|text| self.tokenizer.has_special(text));
-        if self.allow_special || !messages.iter().any(special) {
-            return Ok(self.tokenizer.encode(&self.render(messages, generate)?, false)?);
-        }
-        self.encode_escaped(messages, generate)
+        let turns: Vec<Turn> = messages.iter().map(Turn::of).collect();
+        self.encode_turns(
+            &turns,
+            &RenderOptions { add_generation_prompt: generate, ..RenderOptions::default() },
+        )
     }
 
-    /// Contents stand in the rendered text as marks, so that the template's own special tokens and those in a content
-    /// can be told apart.
-    fn encode_escaped(&self, messages: &[Message], generate: bool) -> Result<Vec<u32>> {
-        let taken = |mark: &str| messages.iter().any(|m| m.text().is_some_and(|t| t.contains(mark)));
+    /// As [`encode`](Self::encode), for turns whose contents hold special tokens on purpose. Texts never become special
+    /// tokens unless [`allow_special`](Self::allow_special) is set.
+    ///
+    /// # Errors
+    /// A special token that the tokenizer lacks, or what template and tokenizer refuse.
+    pub fn encode_turns(&self, turns: &[Turn], options: &RenderOptions) -> Result<Vec<u32>> {
+        let plain = |part: &Part| match part {
+            Part::Text(text) => self.allow_special || !self.tokenizer.has_special(text),
+            Part::Special(_) => false,
+        };
+        if turns.iter().flat_map(|t| &t.parts).all(plain) {
+            let messages: Vec<Message> = turns.iter().map(Turn::message).collect();
+            return Ok(self.tokenizer.encode(&self.template.render(&messages, options)?, false)?);
+        }
+        // Contents stand in the rendered text as marks, so that the template's own special tokens and those in a content
+        // can be told apart.
+        let taken = |mark: &str| turns.iter().any(|t| t.content().contains(mark));
         let salt = (0..=u32::MAX).find(|n| !taken(&format!("\u{e000}{n}:"))).unwrap_or(0);
         let mark = |i: usize| format!("\u{e000}{salt}:{i}\u{e001}");
-        let mut marked = messages.to_vec();
-        for (i, m) in marked.iter_mut().enumerate() {
-            if m.text().is_some() {
-                m.set_text(mark(i));
-            }
-        }
-        let rendered = self.render(&marked, generate)?;
+        let marked: Vec<Message> = (turns.iter().enumerate())
+            .map(|(i, turn)| Turn { parts: vec![Part::Text(mark(i))], ..turn.clone() }.message())
+            .collect();
+        let rendered = self.template.render(&marked, options)?;
         let mut ids = Vec::new();
         let mut rest = rendered.as_str();
-        for (i, m) in messages.iter().enumerate() {
-            let Some(text) = m.text() else { continue };
+        for (i, turn) in turns.iter().enumerate() {
             // A template may leave a content out.
             let Some((before, after)) = rest.split_once(&mark(i)) else { continue };
             ids.extend(self.tokenizer.encode(before, false)?);
-            ids.extend(self.tokenizer.encode_ordinary(text)?);
+            for part in &turn.parts {
+                match part {
+                    Part::Special(token) => ids.push(self.special(token)?),
+                    Part::Text(text) if self.allow_special => ids.extend(self.tokenizer.encode(text, false)?),
+                    Part::Text(text) => ids.extend(self.tokenizer.encode_ordinary(text)?),
+                }
+            }
             rest = after;
         }
         ids.extend(self.tokenizer.encode(rest, false)?);
         Ok(ids)
+    }
+
+    fn special(&self, token: &str) -> Result<u32> {
+        self.tokenizer.token_id(token).ok_or_else(|| {
+            Error::Input(format!("the tokenizer has no token {token}, so this model cannot call tools"))
+        })
+    }
+
+    /// Whether the template itself reads `tools`; Megrez's own does not.
+    pub fn template_has_tools(&self) -> bool {
+        let reads = |source: &str| {
+            source.match_indices("tools").any(|(at, word)| {
+                let name = |c: char| c.is_alphanumeric() || c == '_';
+                !source[..at].ends_with(name) && !source[at + word.len()..].starts_with(name)
+            })
+        };
+        self.template.source("tool_use").is_some() || self.template.source("default").is_some_and(reads)
+    }
+
+    /// The system turn that the template puts before a conversation without one; empty when it puts none.
+    pub fn default_system(&self) -> Result<String> {
+        let rendered = self.render(&[Message::new("user", "")], false)?;
+        let turn = rendered.strip_prefix(&format!("{ROLE_START}system{ROLE_END}"));
+        Ok(turn.and_then(|t| t.split_once(TURN_END)).map(|(text, _)| text.to_owned()).unwrap_or_default())
     }
 
     /// The tokens by which training finds the turns.

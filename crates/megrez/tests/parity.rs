@@ -3,8 +3,10 @@
 
 use std::collections::HashMap;
 
+use megrez::agent::{self, Action, Rechunker};
 use megrez::labels::IGNORED;
 use megrez::prompt::Prompter;
+use megrez::prompts::{Prompts, fill};
 use nics_core::cache::{DenseCache, NoCache};
 use nics_core::checkpoint::Checkpoint;
 use nics_core::generate::{Generator, Prompt, Request, collect};
@@ -14,11 +16,11 @@ use nics_core::sampling::{self, Sampling};
 use nics_core::seam::{KvCache, Mask, Ragged, SeqId};
 use nics_core::template::Message;
 use nics_core::tokenizer::Tokenizer;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 const KINDS: Kinds = Kinds {
-    run: &["chat_template", "labels", "llm_forward", "llm_generate", "logits_processors"],
+    run: &["chat_template", "labels", "llm_forward", "llm_generate", "logits_processors", "websearch"],
     later: &[
         "images",
         "slicing",
@@ -30,7 +32,6 @@ const KINDS: Kinds = Kinds {
         "whisper_hf_encoder",
         "prompt_assembly",
         "omni_e2e",
-        "websearch",
         "asr_metrics",
     ],
     parts: &[
@@ -294,6 +295,56 @@ fn logits_processors() {
             sampling::top_p(&mut logits, number("top_p"));
             check("after_top_p", &logits);
             check("probs", &sampling::softmax(&logits));
+        }
+    }
+}
+
+#[test]
+fn websearch() {
+    let golden = golden();
+    let prompter = prompter(&golden);
+    for name in golden.cases("websearch").unwrap() {
+        let file = golden.json(&name).unwrap();
+        let cases = |kind: &str| {
+            let cases = file[kind].as_array().unwrap_or_else(|| panic!("{kind}"));
+            assert!(!cases.is_empty(), "{kind}");
+            cases
+        };
+        for key in file.as_object().unwrap().keys() {
+            assert!(["calls", "citations", "streams", "truncations"].contains(&key.as_str()), "{key}");
+        }
+        for case in cases("calls") {
+            let registered: Vec<String> = numbers(&case["registered"]);
+            let found = match agent::action(case["output"].as_str().unwrap(), &registered) {
+                Action::Nothing => json!([null, null]),
+                Action::Call { name, arguments } => json!([name, arguments]),
+                Action::Unknown { name, .. } => {
+                    json!([null, fill(&Prompts::default().unknown_tool, &[("name", &name)])])
+                }
+            };
+            assert_eq!(found, case["result"], "{}", case["output"]);
+        }
+        for case in cases("citations") {
+            let found = agent::extract(case["text"].as_str().unwrap());
+            assert_eq!(found, numbers::<String>(&case["result"]), "{}", case["text"]);
+        }
+        for case in cases("streams") {
+            let mut stream = Rechunker::new(case["buffer_size"].as_u64().unwrap() as usize);
+            let chunks: Vec<String> = numbers(&case["chunks"]);
+            let mut emitted: Vec<String> = chunks.iter().filter_map(|c| stream.push(c)).collect();
+            emitted.extend(stream.finish());
+            assert_eq!(emitted, numbers::<String>(&case["emitted"]), "{chunks:?}");
+        }
+        for case in cases("truncations") {
+            let system = Message::new("system", case["system_prompt"].as_str().unwrap());
+            let mut count = |turns: &[Message]| -> nics_core::Result<usize> {
+                let whole = [std::slice::from_ref(&system), turns].concat();
+                Ok(prompter.encode(&whole, true)?.len())
+            };
+            let size = |name: &str| case[name].as_u64().unwrap() as usize;
+            let (window, most) = (size("session_window_size"), size("max_input_tokens"));
+            let kept = agent::truncate(&messages(case), window, most, &mut count).unwrap();
+            assert_eq!(serde_json::to_value(kept).unwrap(), case["kept"]);
         }
     }
 }
