@@ -31,7 +31,8 @@ pub fn greedy(id: u64, prompt: Vec<u32>, new: usize) -> Job {
     }
 }
 
-/// What the job writes when nothing else runs, by the plain generator.
+/// What the job writes when nothing else runs, by the plain generator, its prompt split as [`settings`] split it: a draw
+/// may stand so near to a border that the last bit of a logit tells.
 pub fn alone(model: &Decoder, job: &Job) -> Vec<u32> {
     let request = Request {
         prompt: Prompt::Ids(job.prompt.to_vec()),
@@ -40,7 +41,8 @@ pub fn alone(model: &Decoder, job: &Job) -> Vec<u32> {
         eos: job.eos.clone(),
     };
     let mut cache = DenseCache::new();
-    collect(&mut Generator::new(model, &mut cache), [request], 1).unwrap().remove(0)
+    let mut generator = Generator::new(model, &mut cache).with_prefill_chunk(settings().prefill_chunk);
+    collect(&mut generator, [request], 1).unwrap().remove(0)
 }
 
 /// Small limits, so that a test reaches them.
