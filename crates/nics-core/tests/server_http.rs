@@ -98,7 +98,8 @@ async fn models_are_listed_and_found_by_name() {
     }
     let (_, code) = server.get("/v1/models/other").await.error(404);
     assert_eq!(code.as_deref(), Some("model_not_found"));
-    let (param, code) = server.post("/v1/chat/completions", &chat("x", json!({"model": "gpt"}))).await.error(404);
+    let (param, code) =
+        server.post("/v1/chat/completions", &chat("x", json!({"model": "gpt"}))).await.error(404);
     assert_eq!((param.as_deref(), code.as_deref()), (Some("model"), Some("model_not_found")));
     server.end().await;
 }
@@ -116,7 +117,13 @@ async fn texts_become_tokens_and_tokens_text() {
     let messages = json!([{"role": "user", "content": "hi"}]);
     let reply = server.post("/tokenize", &json!({"messages": messages})).await.json();
     let ids: Vec<u32> = serde_json::from_value(reply["tokens"].clone()).unwrap();
-    assert!(front.tokenizer.decode(&ids, false).unwrap().ends_with("hi<|turn_end|><|role_start|>assistant<|role_end|>"));
+    assert!(
+        front
+            .tokenizer
+            .decode(&ids, false)
+            .unwrap()
+            .ends_with("hi<|turn_end|><|role_start|>assistant<|role_end|>")
+    );
     for (path, body, param) in [
         ("/tokenize", json!({}), "messages"),
         ("/tokenize", json!({"prompt": 3}), "prompt"),
@@ -137,8 +144,16 @@ async fn a_body_must_be_json_of_a_kind_and_a_size() {
     let at = server.address();
     for path in ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"] {
         let deep = format!("{}{}", r#"{"a":"#.repeat(1), "[".repeat(10_000));
-        for body in [&b""[..], b"{", b"[]", b"null", b"\xff\xfe{}", b"{\"prompt\": \"\xc3\x28\"}", deep.as_bytes(), b"{\"temperature\": 1e999}"]
-        {
+        for body in [
+            &b""[..],
+            b"{",
+            b"[]",
+            b"null",
+            b"\xff\xfe{}",
+            b"{\"prompt\": \"\xc3\x28\"}",
+            deep.as_bytes(),
+            b"{\"temperature\": 1e999}",
+        ] {
             let start = Instant::now();
             request(at, "POST", path, &[], body).await.error(400);
             assert!(start.elapsed() < Duration::from_secs(5), "liveness");
@@ -147,14 +162,20 @@ async fn a_body_must_be_json_of_a_kind_and_a_size() {
             request(at, "POST", path, &[("Content-Type", kind)], b"{}").await.error(415);
         }
         request(at, "POST", path, &[("Content-Encoding", "gzip")], b"{}").await.error(415);
-        let reply = request(at, "POST", path, &[("Content-Type", "Application/JSON; charset=utf-8")], b"{}").await;
+        let reply =
+            request(at, "POST", path, &[("Content-Type", "Application/JSON; charset=utf-8")], b"{}").await;
         reply.error(400);
 
         // Too long: as announced, and in chunks without a word about the length.
         let large = vec![b' '; 2 << 20];
-        assert_eq!(request(at, "POST", path, &[], &large).await.error(413).1.as_deref(), Some("body_too_large"));
+        assert_eq!(
+            request(at, "POST", path, &[], &large).await.error(413).1.as_deref(),
+            Some("body_too_large")
+        );
         let mut stream = TcpStream::connect(at).await.unwrap();
-        let head = format!("POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        );
         stream.write_all(head.as_bytes()).await.unwrap();
         let chunk = format!("1000\r\n{}\r\n", " ".repeat(0x1000));
         for _ in 0..200 {
@@ -352,7 +373,8 @@ async fn values_that_change_nothing_are_let_through() {
 async fn prompt_and_reply_must_fit_the_context() {
     let server = Server::fake(ServerConfig::default(), 4, Fake::babbling()).await;
     let ids = |n: usize| json!(vec![5; n]);
-    let post = async |n: usize, fields: Value| server.post("/v1/completions", &completion(ids(n), fields)).await;
+    let post =
+        async |n: usize, fields: Value| server.post("/v1/completions", &completion(ids(n), fields)).await;
     for (n, fields) in [(256, json!({})), (250, json!({"max_tokens": 7})), (5000, json!({"max_tokens": 1}))] {
         let (_, code) = post(n, fields).await.error(400);
         assert_eq!(code.as_deref(), Some("context_length_exceeded"), "{n}");
@@ -402,7 +424,8 @@ async fn health_and_metrics_say_what_goes_on() {
     server.end().await;
 
     // An engine that could not be loaded: the server says so.
-    let server = Server::with(ServerConfig::default(), 4, |_| Err(nics_core::Error::input("no weights"))).await;
+    let server =
+        Server::with(ServerConfig::default(), 4, |_| Err(nics_core::Error::input("no weights"))).await;
     let reply = server.get("/health").await;
     assert_eq!((reply.status, reply.json()), (503, json!({"status": "dead"})));
     server.post("/v1/chat/completions", &chat("hi", json!({}))).await.error(503);

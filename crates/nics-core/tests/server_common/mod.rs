@@ -31,7 +31,8 @@ pub const LIVENESS: Duration = Duration::from_secs(60);
 pub const MODEL: &str = "org/tiny";
 
 fn checkpoint() -> Checkpoint {
-    Checkpoint::open_dir(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../datasets/golden/megrez"))).unwrap()
+    Checkpoint::open_dir(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../datasets/golden/megrez")))
+        .unwrap()
 }
 
 pub struct Front {
@@ -117,7 +118,7 @@ pub struct Fake {
     /// The step, counted from a job's begin, at which jobs fail.
     pub fail_at: Option<usize>,
     pub seen: Arc<Seen>,
-    jobs: Vec<(Job, Vec<u32>, usize)>,
+    pub jobs: Vec<(Job, Vec<u32>, usize)>,
 }
 
 impl Fake {
@@ -452,6 +453,8 @@ pub fn streamed_texts(chunks: &[Value], n: usize) -> Vec<String> {
 
 /// The texts of a whole reply's choices.
 pub fn whole_texts(reply: &Value) -> Vec<String> {
-    let text = |c: &Value| c.get("text").or_else(|| c["message"].get("content")).unwrap().as_str().unwrap().to_owned();
+    let text = |c: &Value| {
+        c.get("text").or_else(|| c["message"].get("content")).unwrap().as_str().unwrap().to_owned()
+    };
     reply["choices"].as_array().unwrap().iter().map(text).collect()
 }
