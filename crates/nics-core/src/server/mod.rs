@@ -15,9 +15,11 @@ mod listen;
 mod metrics;
 mod patient;
 mod plan;
+mod prefix;
 mod record;
 mod reply;
 mod routes;
+mod text_engine;
 
 pub use config::{ApiKeys, ServerConfig};
 pub use driver::{
@@ -28,3 +30,4 @@ pub use engine::{
 };
 pub use listen::{Running, ServeError, Server, Stopper, serve, serve_blocking, start};
 pub use routes::{ROUTES, Route};
+pub use text_engine::{TextEngine, TextSettings};
