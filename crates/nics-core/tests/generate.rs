@@ -7,7 +7,7 @@ use nics_core::cache::DenseCache;
 use nics_core::generate::{Finish, Generator, Prompt, Request, RequestId, Token, collect, run};
 use nics_core::models::{Decoder, Model};
 use nics_core::sampling::Sampling;
-use nics_core::seam::KvCache;
+use nics_core::seam::{Bytes, KvCache, SeqId};
 use seam_models::*;
 use tch::{Kind, Tensor};
 
@@ -195,4 +195,126 @@ fn embeddings_of_ids_write_what_the_ids_write() {
     // Beside one that starts from ids.
     let found = collect(&mut generator, [request, Request::greedy(prompt, 10, &[])], 2).unwrap();
     assert_eq!(found, [expected.clone(), expected]);
+}
+
+#[test]
+fn budgets_and_calls_of_their_own_change_no_tokens() {
+    let model = decoder("qwen2");
+    let requests = || (0..4).map(|i| drawn(ids(1 + 17 * i, i as u32), 9, i as u64));
+    let expected: Vec<Vec<u32>> = requests().map(|r| alone(&model, r)).collect();
+    for (chunk, budget, isolate) in
+        [(1024, 1, false), (5, 7, false), (5, 7, true), (1, 2, true), (1024, 30, true)]
+    {
+        let mut cache = DenseCache::new();
+        let mut generator = Generator::new(&model, &mut cache)
+            .with_prefill_chunk(chunk)
+            .with_prefill_budget(budget)
+            .isolate_prompts(isolate);
+        let found = collect(&mut generator, requests(), 4).unwrap();
+        assert_eq!(found, expected, "chunk {chunk}, budget {budget}, isolated {isolate}");
+    }
+}
+
+#[test]
+fn the_oldest_prompt_is_read_first_and_no_step_reads_more_than_its_budget() {
+    let model = decoder("llama");
+    let mut cache = DenseCache::new();
+    let mut generator = Generator::new(&model, &mut cache).with_prefill_chunk(8).with_prefill_budget(12);
+    let names: Vec<RequestId> =
+        [20, 20, 6].iter().map(|&n| generator.add(drawn(ids(n, n as u32), 30, 0)).unwrap()).collect();
+    let read = |generator: &Generator| -> Vec<usize> {
+        names.iter().map(|id| generator.reading(*id).unwrap().1).collect()
+    };
+    // A second piece of 8 does not fit beside the first, and the short prompt does not overtake.
+    for expected in [[8, 0, 0], [16, 0, 0], [20, 8, 0], [20, 16, 0], [20, 20, 6]] {
+        generator.step().unwrap();
+        assert_eq!(read(&generator), expected);
+    }
+}
+
+#[test]
+fn a_released_sequence_goes_on_elsewhere() {
+    let model = decoder("qwen3");
+    let prompt = ids(12, 3);
+    let expected = alone(&model, drawn(prompt.clone(), 8, 1));
+    let mut cache = DenseCache::new();
+    let mut generator = Generator::new(&model, &mut cache).release_ended(true);
+    let id = generator.add(drawn(prompt.clone(), 8, 1)).unwrap();
+    let released = loop {
+        let mut step = generator.advance().unwrap();
+        if let Some(released) = step.ended.pop() {
+            break released;
+        }
+    };
+    assert_eq!((released.request, generator.running()), (id, 0));
+    let all = [&prompt[..], &expected].concat();
+    assert_eq!(released.ids.as_deref(), Some(&all[..all.len() - 1]), "the last token has no row");
+
+    // More rows than are there, fewer, all of the prompt, and a sequence that is not there: the caller keeps it.
+    let longer = [&all[..], &ids(6, 4)].concat();
+    for (prompt, seq, read) in [
+        (longer.clone(), released.seq, 20),
+        (longer.clone(), released.seq, 18),
+        (all[..19].to_vec(), released.seq, 19),
+        (longer.clone(), SeqId(77), 19),
+    ] {
+        let e = generator.add_from(Request::greedy(prompt, 5, &[]), seq, read).unwrap_err();
+        assert!(e.to_string().contains("cannot go on at row"), "{e}");
+    }
+    let request = || Request::greedy(longer.clone(), 5, &[]);
+    let room = generator.check(&request()).unwrap();
+    assert_eq!(room, longer.len() + 5);
+    assert!(generator.cache_mut().resume(released.seq, 19, room).unwrap());
+    let id = generator.add_from(request(), released.seq, 19).unwrap();
+    assert_eq!(of(&finish(&mut generator), id), alone(&model, request()));
+
+    drop(generator);
+    // Released in the middle: what is read so far.
+    let mut generator = Generator::new(&model, &mut cache).with_prefill_chunk(5);
+    let id = generator.add(request()).unwrap();
+    generator.step().unwrap();
+    let released = generator.release(id).unwrap();
+    assert_eq!(released.ids.as_deref(), Some(&longer[..5]));
+    assert!(generator.release(id).is_none());
+}
+
+#[test]
+fn a_branch_is_what_its_rows_alone_would_be() {
+    let model = decoder("qwen2-window");
+    let all = ids(120, 2);
+    let mut cache = DenseCache::new();
+    let seq = cache.open(130).unwrap();
+    forward(&model, &mut cache, seq, 0, &all, None).unwrap();
+    let fresh = |position: usize| {
+        let mut cache = DenseCache::new();
+        let seq = cache.open(130).unwrap();
+        forward(&model, &mut cache, seq, 0, &all[..position], None).unwrap();
+        forward(&model, &mut cache, seq, position, &all[100..110], None).unwrap().hidden
+    };
+    for position in [1, 63, 64, 100] {
+        let branch = cache.branch(seq, position, position + 10).unwrap().unwrap();
+        assert_eq!(cache.kept(branch, 2), position);
+        let hidden = forward(&model, &mut cache, branch, position, &all[100..110], None).unwrap().hidden;
+        assert_close(&hidden, &fresh(position));
+        let full = forward(&model, &mut cache, branch, position + 10, &all[..1], None);
+        assert!(matches!(full, Err(Error::ContextOverflow { .. })), "it has a limit of its own");
+        let held = cache.held(branch).unwrap();
+        assert!(held.allocated <= cache.forecast(model.dims(), position + 10), "{held:?}");
+        cache.close(branch);
+    }
+    // What a sequence does not hold, or may not hold, it cannot begin with.
+    for (position, max) in [(0, 10), (121, 130), (50, 49)] {
+        assert!(cache.branch(seq, position, max).unwrap().is_none());
+        assert!(!cache.resume(seq, position, max).unwrap());
+    }
+    assert!(cache.branch(SeqId(99), 1, 2).is_err() && cache.resume(SeqId(99), 1, 2).is_err());
+    assert_eq!(cache.held(SeqId(99)), None);
+    // Resumed in less room: the storage shrinks with it.
+    assert!(cache.resume(seq, 40, 50).unwrap());
+    assert_eq!((cache.kept(seq, 0), cache.held(seq)), (40, Some(cache.bytes())));
+    assert!(cache.bytes().allocated <= cache.forecast(model.dims(), 50));
+    let hidden = forward(&model, &mut cache, seq, 40, &all[100..110], None).unwrap().hidden;
+    assert_close(&hidden, &fresh(40));
+    cache.close(seq);
+    assert_eq!(cache.bytes(), Bytes::default());
 }
