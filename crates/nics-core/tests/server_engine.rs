@@ -5,14 +5,14 @@
 mod seam_models;
 mod server_engine_kit;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use nics_core::cache::DenseCache;
 use nics_core::generate::Finish;
 use nics_core::models::Model;
 use nics_core::seam::{Bytes, KvCache};
-use nics_core::server::{Admission, Engine, Job, JobId, TextEngine, TextSettings};
+use nics_core::server::{Admission, Engine, Event, Job, JobId, TextEngine, TextSettings};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use seam_models::*;
@@ -66,6 +66,42 @@ fn tokens_are_those_of_a_single_stream_whatever_comes_and_goes() {
             );
             drop(stepped);
             assert_eq!(cache.bytes(), Bytes::default(), "the cache is given back empty");
+        }
+    }
+}
+
+#[test]
+fn every_logit_is_the_same_to_the_bit_in_company_and_alone() {
+    for name in ["llama", "qwen2-window", "qwen3"] {
+        let model = decoder(name);
+        // Whatever a job may choose, its choices show the bits.
+        let mut jobs = jobs(16, 5);
+        jobs.iter_mut().for_each(|job| job.sampling.logprobs = Some(3));
+        let write = |jobs: &[Job], sequences: usize| {
+            let mut cache = DenseCache::new();
+            let settings = TextSettings { min_prefix: None, max_sequences: sequences, ..settings() };
+            let mut engine = TextEngine::new(&model, &mut cache, settings).unwrap();
+            let mut bits: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+            let mut waiting: VecDeque<&Job> = jobs.iter().collect();
+            while !waiting.is_empty() || engine.running() > 0 {
+                while let Some(job) = waiting.front()
+                    && matches!(engine.admit(job), Admission::Taken)
+                {
+                    waiting.pop_front();
+                }
+                let mut see = |event| {
+                    let Event::Token(written) = event else { return };
+                    let of = bits.entry(written.job.0).or_default();
+                    of.extend(written.logprob.map(f32::to_bits));
+                    of.extend(written.top.iter().map(|(_, logprob)| logprob.to_bits()));
+                };
+                engine.step(&mut see).unwrap();
+            }
+            bits
+        };
+        let alone = write(&jobs, 1);
+        for sequences in [2, 5, 16] {
+            assert!(write(&jobs, sequences) == alone, "{name}, {sequences} at a time");
         }
     }
 }
