@@ -8,6 +8,7 @@
 //! | [`tools`] | tools and their calls in a conversation |
 //! | [`prompts`] | the texts around a search, replaceable |
 //! | `agent` (feature `agent`) | a model that searches the web and cites what it finds |
+//! | `serve` (feature `serve`) | Megrez behind OpenAI's API |
 //! | [`chat`] | a conversation that stays within the context |
 //! | [`eval`] | multiple choice and arithmetic, resumable and shard-native |
 //! | [`train`] | training from scratch and fine-tuning, exactly resumable |
@@ -41,8 +42,10 @@ pub mod labels;
 pub mod model;
 pub mod prompt;
 pub mod prompts;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod tools;
 pub mod train;
 pub mod vocabulary;
 
-pub use model::{Megrez, load_decoder};
+pub use model::{Megrez, Replies, decoder_config, load_decoder};

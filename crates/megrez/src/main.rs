@@ -1,4 +1,4 @@
-//! `megrez`: chat, generation, evaluation, training and inspection.
+//! `megrez`: chat, generation, evaluation, training, serving, search, measuring and inspection.
 
 mod commands;
 
@@ -29,6 +29,12 @@ enum Command {
     Rows(commands::eval::Rows),
     /// Train a small model from scratch, or fine-tune a checkpoint; resumable
     Train(commands::train::Train),
+    /// Answer OpenAI's API over HTTP
+    #[cfg(feature = "serve")]
+    Serve(commands::serve::Serve),
+    /// Talk with a model that searches the web, or a folder of documents, and cites what it finds
+    #[cfg(feature = "agent")]
+    Agent(commands::agent::Agent),
     /// Say what a checkpoint holds
     Inspect(commands::inspect::Inspect),
 }
@@ -42,6 +48,10 @@ fn main() -> ExitCode {
         Command::Eval(command) => command.run(cli.log.quiet),
         Command::Rows(command) => command.run(),
         Command::Train(command) => command.run(cli.log.quiet),
+        #[cfg(feature = "serve")]
+        Command::Serve(command) => command.run(),
+        #[cfg(feature = "agent")]
+        Command::Agent(command) => command.run(),
         Command::Inspect(command) => command.run(),
     })
 }

@@ -2,7 +2,7 @@
 
 use nics_core::cache::NoCache;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::models::{self, Batch, Decoder, Input, Model};
+use nics_core::models::{self, Batch, Decoder, DecoderConfig, Input, Model};
 use nics_core::sampling::Sampling;
 use nics_core::seam::{Ragged, SeqId};
 use nics_core::{Error, Result};
@@ -18,12 +18,21 @@ use crate::prompt::{Prompter, TURN_END};
 /// `UnsupportedArchitecture` for anything else, the mixture-of-experts successor Megrez2 included; and what is wrong
 /// with the checkpoint.
 pub fn load_decoder(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decoder> {
+    let config = decoder_config(checkpoint)?;
+    let root = checkpoint.root(device, kind);
+    let omni = checkpoint.architecture()? == "MegrezO";
+    models::load_at(config, &if omni { root.at("llm") } else { root })
+}
+
+/// The configuration of the decoder of a Megrez checkpoint; its weights are not read.
+///
+/// # Errors
+/// As [`load_decoder`].
+pub fn decoder_config(checkpoint: &Checkpoint) -> Result<DecoderConfig> {
+    let path = checkpoint.dir().join("config.json");
     match checkpoint.architecture()? {
-        "LlamaForCausalLM" => models::load(checkpoint, device, kind),
-        "MegrezO" => {
-            let path = checkpoint.dir().join("config.json");
-            let config = models::llama::config(checkpoint.config_json()).map_err(|e| e.in_file(&path))?;
-            models::load_at(config, &checkpoint.root(device, kind).at("llm"))
+        "LlamaForCausalLM" | "MegrezO" => {
+            models::llama::config(checkpoint.config_json()).map_err(|e| e.in_file(&path))
         }
         other => {
             let refused = Error::UnsupportedArchitecture {
@@ -32,8 +41,42 @@ pub fn load_decoder(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Resu
                         mixture-of-experts Megrez2 is another model"
                     .into(),
             };
-            Err(refused.in_file(&checkpoint.dir().join("config.json")))
+            Err(refused.in_file(&path))
         }
+    }
+}
+
+/// How a checkpoint's replies are written unless a caller says otherwise.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Replies {
+    /// Tokens that end a reply.
+    pub eos: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// The most new tokens.
+    pub max_new_tokens: usize,
+}
+
+impl Replies {
+    /// What generation_config.json and config.json say.
+    ///
+    /// # Errors
+    /// A tokenizer that does not fit the model, or nothing that ends a reply.
+    pub fn read(checkpoint: &Checkpoint, prompter: &Prompter) -> Result<Self> {
+        let generation = checkpoint.generation_config()?.unwrap_or_default();
+        let vocab = decoder_config(checkpoint)?.vocab;
+        let entries = prompter.tokenizer.vocab_size() as i64;
+        if entries > vocab {
+            return Err(Error::Input(format!(
+                "{}: tokenizer.json has {entries} tokens but config.json only a vocab_size of {vocab}",
+                checkpoint.dir().display()
+            )));
+        }
+        Ok(Self {
+            eos: end_tokens(&generation, checkpoint.config_json().get("eos_token_id"), prompter)?,
+            sampling: defaults(&generation),
+            max_new_tokens: generation["max_new_tokens"].as_u64().map_or(1024, |n| n.max(1) as usize),
+        })
     }
 }
 
@@ -57,24 +100,10 @@ impl Megrez {
     /// Loads a checkpoint: decoder, tokenizer, template, end tokens and generation defaults.
     pub fn load(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Self> {
         let prompter = Prompter::from_checkpoint(checkpoint)?;
-        let generation = checkpoint.generation_config()?.unwrap_or_default();
+        let Replies { eos, sampling, max_new_tokens } = Replies::read(checkpoint, &prompter)?;
         let decoder = load_decoder(checkpoint, device, kind)?;
-        let entries = prompter.tokenizer.vocab_size() as i64;
-        if entries > decoder.dims().vocab {
-            return Err(Error::Input(format!(
-                "{}: tokenizer.json has {entries} tokens but config.json only a vocab_size of {}",
-                checkpoint.dir().display(),
-                decoder.dims().vocab
-            )));
-        }
-        Ok(Self {
-            eos: end_tokens(&generation, checkpoint.config_json().get("eos_token_id"), &prompter)?,
-            sampling: defaults(&generation),
-            max_new_tokens: generation["max_new_tokens"].as_u64().map_or(1024, |n| n.max(1) as usize),
-            name: checkpoint.name().to_owned(),
-            decoder,
-            prompter,
-        })
+        let name = checkpoint.name().to_owned();
+        Ok(Self { decoder, prompter, eos, sampling, max_new_tokens, name })
     }
 
     /// Refuses a prompt that no token could follow: an empty one, ids outside the vocabulary, no room in the context.

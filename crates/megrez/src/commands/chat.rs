@@ -12,10 +12,9 @@ use nics_core::generate::{Generator, Prompt, Request};
 use nics_core::models::Model;
 use nics_core::sampling::Sampling;
 use nics_core::text::TextStream;
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
 
 use super::Loaded;
+use super::lines::{Lines, Said};
 
 /// Talks with a model: one line is one message.
 ///
@@ -38,12 +37,6 @@ pub struct Chat {
     /// Let special tokens in messages keep their meaning
     #[arg(long)]
     allow_special: bool,
-}
-
-enum Said {
-    Message(String),
-    Nothing,
-    End,
 }
 
 impl Chat {
@@ -171,40 +164,4 @@ fn act(command: &str, conversation: &mut Conversation) -> Result<bool> {
         _ => anyhow::bail!("/{name} is no command; /help lists them"),
     }
     Ok(true)
-}
-
-/// Lines of a terminal (with history) or of a pipe.
-enum Lines {
-    Terminal(Box<DefaultEditor>),
-    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
-}
-
-impl Lines {
-    fn new(interactive: bool) -> Result<Self> {
-        Ok(if interactive {
-            Self::Terminal(Box::new(DefaultEditor::new()?))
-        } else {
-            Self::Pipe(std::io::stdin().lines())
-        })
-    }
-
-    fn next(&mut self) -> Result<Said> {
-        let line = match self {
-            Self::Pipe(lines) => match lines.next() {
-                None => return Ok(Said::End),
-                Some(line) => line.context("cannot read standard input")?,
-            },
-            Self::Terminal(editor) => match editor.readline("> ") {
-                Ok(line) => {
-                    let _ = editor.add_history_entry(&line);
-                    line
-                }
-                Err(ReadlineError::Interrupted) => return Ok(Said::Nothing),
-                Err(ReadlineError::Eof) => return Ok(Said::End),
-                Err(e) => return Err(e.into()),
-            },
-        };
-        let line = line.trim();
-        Ok(if line.is_empty() { Said::Nothing } else { Said::Message(line.to_owned()) })
-    }
 }

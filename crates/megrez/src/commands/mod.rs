@@ -1,9 +1,17 @@
 //! The subcommands: parse, call the library, print.
 
+#[cfg(feature = "agent")]
+pub mod agent;
 pub mod chat;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
+#[cfg(any(feature = "serve", feature = "agent"))]
+mod key;
+mod lines;
+#[cfg(feature = "serve")]
+pub mod serve;
+mod size;
 pub mod train;
 
 use anyhow::Result;
