@@ -40,6 +40,8 @@ enum Say {
     Panic,
     /// Writes on past the end.
     Overrun,
+    /// Forgets its jobs without a word.
+    Lose,
 }
 
 impl Engine for Stub {
@@ -62,6 +64,7 @@ impl Engine for Stub {
         match say {
             Say::Fail => return Err(Error::input("no luck")),
             Say::Panic => panic!("it broke\nwith a long story"),
+            Say::Lose => self.jobs.clear(),
             Say::Go | Say::Overrun => {}
         }
         for (id, written, max) in &mut self.jobs {
@@ -415,6 +418,17 @@ fn an_engine_cannot_write_more_than_a_job_may_have() {
     assert_eq!(seen[..3], ["0 started 0", "0 token 1", "0 token 2"]);
     assert!(seen[3].contains("more tokens than the job may have"), "{seen:?}");
     eventually("it is cancelled", || rig.log().last().is_some_and(|l| l == "cancel 0"));
+}
+
+#[test]
+fn an_engine_that_loses_a_job_leaves_nobody_waiting() {
+    let rig = rig(4, 1);
+    let (lost, next) = (rig.submit(1, 5).unwrap(), rig.submit(1, 1).unwrap());
+    rig.in_step();
+    rig.gate.send(Say::Lose).unwrap();
+    assert_eq!(all(lost), ["0 failed: the engine has lost the job"]);
+    drop(rig.gate);
+    assert_eq!(all(next), ["1 started 10", "1 token 1", "1 Length"]);
 }
 
 /// The default engine on a tiny model, on a thread of its own.

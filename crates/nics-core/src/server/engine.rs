@@ -109,7 +109,7 @@ pub struct EngineStats {
 
 /// Writes tokens for jobs. One thread owns it and calls one method at a time.
 pub trait Engine {
-    /// Takes a job in, or says why not. Must be quick: it computes nothing.
+    /// Takes a job in, or says why not. Must be quick: it runs no model, since those that write wait for it.
     fn admit(&mut self, job: &Job) -> Admission;
 
     /// One step for everything that runs: at most one token for each job. Events go to `emit`.
@@ -122,10 +122,11 @@ pub trait Engine {
     /// Ends a job at once and frees what it holds; an unknown one is ignored. No event follows.
     fn cancel(&mut self, job: JobId);
 
-    /// Jobs taken in and not ended.
+    /// Jobs taken in and not ended: neither by an event nor by [`cancel`](Self::cancel).
     fn running(&self) -> usize;
 
-    /// Prompt tokens of a running job that came from a kept prefix.
+    /// Prompt tokens of a running job that came from a kept prefix. Asked before each step until the job's first token,
+    /// and final before the step that writes it.
     fn cached_tokens(&self, job: JobId) -> usize {
         let _ = job;
         0

@@ -240,13 +240,20 @@ impl Driver {
             engine.cancel(job);
             self.fail(job, &Failure::Job("the engine wrote more tokens than the job may have".into()));
         }
-        if let Err(error) = result {
-            tracing::error!("a step failed, {} jobs end: {error}", self.running.len());
-            let failure = Failure::Step(error.to_string().into());
-            for job in self.running.keys().copied().collect::<Vec<_>>() {
-                engine.cancel(job);
-                self.fail(job, &failure);
+        match result {
+            Err(error) => {
+                tracing::error!("a step failed, {} jobs end: {error}", self.running.len());
+                let failure = Failure::Step(error.to_string().into());
+                for job in self.running.keys().copied().collect::<Vec<_>>() {
+                    engine.cancel(job);
+                    self.fail(job, &failure);
+                }
             }
+            // Without this an engine's slip would keep the thread turning for ever.
+            Ok(()) if engine.running() == 0 => {
+                self.fail_running(&Failure::Job("the engine has lost the job".into()));
+            }
+            Ok(()) => {}
         }
     }
 
