@@ -162,20 +162,16 @@ async fn a_full_queue_says_when_to_come_again() {
     let (mut accepted, mut busy) = (0, 0);
     for client in clients {
         let reply = timely(client).await.unwrap();
-        match reply.status {
-            200 => {
-                let streamed = reply.header("content-type") != Some("application/json");
-                let texts =
-                    if streamed { streamed_texts(&reply.chunks(), 1) } else { whole_texts(&reply.json()) };
-                assert_eq!(texts, whole_texts(&alone));
-                accepted += 1;
-            }
-            _ => {
-                assert_eq!(reply.error(429).1.as_deref(), Some("rate_limit_exceeded"));
-                let after: u64 = reply.header("retry-after").unwrap().parse().unwrap();
-                assert!((1..=60).contains(&after));
-                busy += 1;
-            }
+        if reply.status == 200 {
+            let whole = reply.header("content-type") == Some("application/json");
+            let texts = if whole { whole_texts(&reply.json()) } else { streamed_texts(&reply.chunks(), 1) };
+            assert_eq!(texts, whole_texts(&alone));
+            accepted += 1;
+        } else {
+            assert_eq!(reply.error(429).1.as_deref(), Some("rate_limit_exceeded"));
+            let after: u64 = reply.header("retry-after").unwrap().parse().unwrap();
+            assert!((1..=60).contains(&after));
+            busy += 1;
         }
     }
     // Eight wait, at least one runs; those that end meanwhile make room for others.

@@ -170,5 +170,5 @@ async fn a_second_signal_ends_it_at_once() {
     let reply = read_reply(&mut streamed).await;
     assert!(reply.events().last().unwrap().contains("error"));
     assert_eq!(server.wait().await.code(), Some(0));
-    assert!(start.elapsed() < Duration::from_millis(1000), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }

@@ -196,9 +196,9 @@ async fn garbage(address: SocketAddr, fuzz: &mut Fuzz) {
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
-        b"GET /%ff%00/../health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
+        b"GET /%ff%00/../health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     ];
     let mut bytes = fuzz.pick(&heads).to_vec();
     if fuzz.below(5) == 0 {
@@ -244,9 +244,7 @@ async fn fuzz(requests: usize, seed: u64) {
         } else {
             let path = *fuzz.pick(&PATHS);
             let body = fuzz.body(path);
-            let kind = *fuzz
-                .pick(&["application/json"; 8].map(|k| [k, "text/plain"]).concat()[..15].to_vec().as_slice());
-            let kind = if fuzz.below(8) == 0 { kind } else { "application/json" };
+            let kind = if fuzz.below(16) == 0 { "text/plain" } else { "application/json" };
             let reply = request(address, "POST", path, &[("Content-Type", kind)], &body).await;
             let shown = || format!("request {i} of seed {seed}, {path}: {}", String::from_utf8_lossy(&body));
             assert!(EXPECTED.contains(&reply.status), "{} for {}", reply.status, shown());

@@ -143,7 +143,7 @@ async fn a_body_must_be_json_of_a_kind_and_a_size() {
     let server = Server::fake(config, 4, Fake::saying("hi")).await;
     let at = server.address();
     for path in ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"] {
-        let deep = format!("{}{}", r#"{"a":"#.repeat(1), "[".repeat(10_000));
+        let deep = format!("{}{}", r#"{"a":"#, "[".repeat(10_000));
         for body in [
             &b""[..],
             b"{",
@@ -174,7 +174,7 @@ async fn a_body_must_be_json_of_a_kind_and_a_size() {
         );
         let mut stream = TcpStream::connect(at).await.unwrap();
         let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         );
         stream.write_all(head.as_bytes()).await.unwrap();
         let chunk = format!("1000\r\n{}\r\n", " ".repeat(0x1000));
@@ -219,7 +219,7 @@ async fn slow_clients_are_cut() {
         reply
     };
     let start = Instant::now();
-    let head_alone = b"GET /health HTTP/1.1\r\nHost: here\r\nX-Slow: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    let head_alone = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
     let reply = trickle(head_alone).await;
     assert!(reply.is_empty() || parse(&reply).status == 408, "{}", String::from_utf8_lossy(&reply));
     // A body that does not end: 408.
@@ -431,4 +431,116 @@ async fn health_and_metrics_say_what_goes_on() {
     server.post("/v1/chat/completions", &chat("hi", json!({}))).await.error(503);
     server.running.stopper().drain();
     timely(server.running.join()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_foreign_name_is_not_answered_without_keys() {
+    let post = async |server: &Server, host: &str, headers: &str| {
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let head = format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        read_reply(&mut stream).await
+    };
+    let server = Server::fake(ServerConfig::default(), 4, Fake::saying("hi")).await;
+    for host in ["127.0.0.1:8000", "localhost", "[::1]:80"] {
+        assert_eq!(post(&server, host, "").await.status, 200, "{host}");
+    }
+    let reply = post(&server, "rebound.example:8000", "").await;
+    assert_eq!(reply.error(403).1.as_deref(), Some("host_not_allowed"));
+    assert!(reply.header("access-control-allow-origin").is_none());
+    server.end().await;
+    let server = Server::fake(keyed(), 4, Fake::saying("hi")).await;
+    assert_eq!(post(&server, "any.example", "Authorization: Bearer sk-secret\r\n").await.status, 200);
+    server.end().await;
+}
+
+#[tokio::test]
+async fn a_model_that_is_being_loaded_keeps_requests_waiting() {
+    let (load, loaded) = std::sync::mpsc::channel::<()>();
+    let (handle, thread) = nics_core::server::spawn(4, move |driver| {
+        loaded.recv().unwrap();
+        driver.run(&mut Fake::saying("hi"));
+        Ok::<_, nics_core::Error>(())
+    })
+    .unwrap();
+    let config = ServerConfig { port: 0, ..ServerConfig::default() };
+    let running = start(config, std::sync::Arc::new(Front::new()), handle.clone()).await.unwrap();
+    let server = Server { running, handle, thread };
+    let health = server.get("/health").await;
+    assert_eq!((health.status, health.json()), (503, json!({"status": "loading"})));
+    let body = chat("x", json!({}));
+    let waiting = server.post("/v1/chat/completions", &body);
+    let after = async {
+        until("it waits", || server.handle.stats().queued == 1).await;
+        load.send(()).unwrap();
+    };
+    let (reply, ()) = timely(async { tokio::join!(waiting, after) }).await;
+    assert_eq!(whole_texts(&reply.json()), ["hi"]);
+    server.end().await;
+}
+
+/// Where a test's log goes.
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_log_has_a_line_a_request_and_neither_texts_nor_keys() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    // The runtime of this test has this thread alone.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let server = Server::fake(keyed(), 4, Fake::saying("a private answer")).await;
+    let at = server.address();
+    for (id, stream) in [("one", true), ("two", false)] {
+        let body = chat("a private question", json!({"stream": stream, "user": "somebody"})).to_string();
+        let reply =
+            request(at, "POST", "/v1/chat/completions", &[KEY, ("X-Request-Id", id)], body.as_bytes()).await;
+        assert_eq!(reply.status, 200);
+    }
+    let wrong = ("Authorization", "Bearer sk-guessed");
+    request(at, "POST", "/v1/completions", &[wrong, ("X-Request-Id", "three")], b"a private question")
+        .await
+        .error(401);
+    request(at, "POST", "/v1/private", &[KEY, ("X-Request-Id", "four")], b"{}").await.error(404);
+    server.end().await;
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let line = |id: &str| {
+        let lines: Vec<&str> = log.lines().filter(|l| l.contains(&format!("id=\"{id}\""))).collect();
+        assert_eq!(lines.len(), 1, "{id}: {log}");
+        lines[0]
+    };
+    for id in ["one", "two"] {
+        for part in [
+            "route=\"/v1/chat/completions\"",
+            "status=200",
+            "prompt_tokens=",
+            "completion_tokens=",
+            "queue_ms=",
+            "first_token_ms=",
+            "total_ms=",
+        ] {
+            assert!(line(id).contains(part), "{part}: {}", line(id));
+        }
+    }
+    assert!(line("three").contains("status=401"));
+    assert!(line("four").contains("status=404"));
+    for secret in ["private", "secret", "guessed", "somebody"] {
+        assert!(!log.contains(secret), "{secret}: {log}");
+    }
 }

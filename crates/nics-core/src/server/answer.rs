@@ -21,7 +21,7 @@ use super::engine::{Frontend, Job, JobId};
 use super::error::ApiError;
 use super::plan::{Form, Plan};
 use super::record::Record;
-use super::reply::{Chunks, Gathered, Head, Usage};
+use super::reply::{Chunks, Gathered, Head, Usage, UsageField};
 use super::routes::App;
 use crate::generate::Finish;
 
@@ -269,7 +269,8 @@ async fn write(
     out: Events,
     begun: oneshot::Sender<Result<(), ApiError>>,
 ) -> Result<(), Broken> {
-    let usage = started.plan.options.include_usage.then_some(None);
+    let counted = started.plan.options.include_usage;
+    let usage = if counted { UsageField::Null } else { UsageField::Absent };
     let n = started.plan.options.n;
     let echoes: Vec<Option<String>> = started.plan.prompts.iter().map(|p| p.echo.clone()).collect();
     let mut chunks: Vec<Chunks> = (0..started.names.len()).map(|i| Chunks::new(head.form, i)).collect();
@@ -307,8 +308,8 @@ async fn write(
         };
     }
     drop(run);
-    if usage.is_some() {
-        out.send(&head.chunk(None, Some(Some(started.usage)))).await?;
+    if counted {
+        out.send(&head.chunk(None, UsageField::Counts(started.usage))).await?;
     }
     out.send_raw(b"data: [DONE]\n\n").await
 }

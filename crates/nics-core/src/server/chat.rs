@@ -98,26 +98,20 @@ fn message(at: &str, value: Value) -> Result<Message, ApiError> {
 fn text_of(at: &str, parts: &[Value]) -> Result<String, ApiError> {
     let mut texts = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
-        match part.get("type").and_then(Value::as_str) {
-            Some("text") => match part.get("text").and_then(Value::as_str) {
-                Some(text) => texts.push(text),
-                None => {
-                    let param = format!("{at}[{i}].text");
-                    return Err(ApiError::field(param.clone(), format!("{param} is missing or no string")));
-                }
-            },
-            Some(other) => {
-                let other: String = other.chars().take(40).collect();
-                return Err(ApiError::field(
-                    format!("{at}[{i}].type"),
-                    format!("content parts of type `{other}` are not supported by this server, only `text`"),
-                ));
-            }
-            None => {
-                let param = format!("{at}[{i}].type");
-                return Err(ApiError::field(param.clone(), format!("{param} is missing or no string")));
-            }
+        let string = |key: &str| {
+            let param = format!("{at}[{i}].{key}");
+            let message = format!("{param} is missing or no string");
+            part.get(key).and_then(Value::as_str).ok_or_else(|| ApiError::field(param, message))
+        };
+        let kind = string("type")?;
+        if kind != "text" {
+            let kind: String = kind.chars().take(40).collect();
+            return Err(ApiError::field(
+                format!("{at}[{i}].type"),
+                format!("content parts of type `{kind}` are not supported by this server, only `text`"),
+            ));
         }
+        texts.push(string("text")?);
     }
     Ok(texts.join("\n"))
 }

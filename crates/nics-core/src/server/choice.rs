@@ -47,7 +47,7 @@ pub(super) struct Call {
 #[derive(Debug)]
 pub(super) struct Logprob {
     pub bytes: Vec<u8>,
-    pub logprob: f32,
+    pub of_token: f32,
     pub top: Vec<(Vec<u8>, f32)>,
 }
 
@@ -83,9 +83,9 @@ impl<'a> Choice<'a> {
 
     /// Takes a token; `ends` says that it is an end token, which has no text.
     pub fn push(&mut self, written: Written, ends: bool) -> Result<Delta> {
-        if let Some(logprob) = written.logprob.filter(|_| !ends) {
+        if let Some(of_token) = written.logprob.filter(|_| !ends) {
             let top = written.top.iter().map(|&(id, p)| (self.bytes(id), p)).collect();
-            self.waiting.logprobs.push(Logprob { bytes: self.bytes(written.token), logprob, top });
+            self.waiting.logprobs.push(Logprob { bytes: self.bytes(written.token), of_token, top });
         }
         if !written.own.is_empty() {
             self.waiting.own.push(written.own);
@@ -99,10 +99,10 @@ impl<'a> Choice<'a> {
     /// Ends the choice: what was held back.
     pub fn finish(&mut self) -> Result<Delta> {
         let rest = self.text.finish()?;
-        self.say(rest);
+        self.say(&rest);
         if let Some(tokens) = self.call.take() {
             let text = self.tokenizer.decode(&tokens, false)?;
-            self.say(text);
+            self.say(&text);
         }
         Ok(std::mem::take(&mut self.waiting))
     }
@@ -122,12 +122,12 @@ impl<'a> Choice<'a> {
             }
             (Some(format), None) if token == format.start => {
                 let rest = self.text.finish()?;
-                self.say(rest);
+                self.say(&rest);
                 self.call = Some(vec![token]);
             }
             _ => {
                 let text = self.text.push(token)?;
-                self.say(text);
+                self.say(&text);
             }
         }
         Ok(())
@@ -138,7 +138,7 @@ impl<'a> Choice<'a> {
         let inner = self.tokenizer.decode(&tokens[1..tokens.len() - 1], false)?;
         let Some((name, arguments)) = read_call(&inner) else {
             let text = self.tokenizer.decode(tokens, false)?;
-            self.say(text);
+            self.say(&text);
             return Ok(());
         };
         let id = format!("call_{:024x}", rand::random::<u128>() >> 32);
@@ -148,17 +148,15 @@ impl<'a> Choice<'a> {
         Ok(())
     }
 
-    fn say(&mut self, mut text: String) {
-        if self.after_call {
-            text = text.trim_start().to_owned();
-        }
+    fn say(&mut self, text: &str) {
+        let text = if self.after_call { text.trim_start() } else { text };
         if text.is_empty() {
             return;
         }
         self.after_call = false;
         match self.waiting.pieces.last_mut() {
-            Some(Piece::Text(before)) => before.push_str(&text),
-            _ => self.waiting.pieces.push(Piece::Text(text)),
+            Some(Piece::Text(before)) => before.push_str(text),
+            _ => self.waiting.pieces.push(Piece::Text(text.to_owned())),
         }
     }
 }

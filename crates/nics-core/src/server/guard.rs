@@ -1,5 +1,6 @@
 //! What every request passes: its name, its key, its line in the log; a panic behind it becomes a 500.
 
+use std::net::{IpAddr, SocketAddr};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 
 use super::body;
+use super::config::ServerConfig;
 use super::driver::Phase;
 use super::error::ApiError;
 use super::record::Record;
@@ -26,18 +28,14 @@ pub(super) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     let record = Record::new(id, path.unwrap_or_else(|| "other".into()), app.metrics.clone());
     request.extensions_mut().insert(record.clone());
 
-    let admitted = open
-        || app.config.keys.admit(request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes));
-    let mut response = if admitted {
+    let mut response = if let Some(error) = refusal(&app.config, &request, open) {
+        body::refuse(request.into_body());
+        closing(error.into_response())
+    } else {
         AssertUnwindSafe(next.run(request))
             .catch_unwind()
             .await
             .unwrap_or_else(|_| ApiError::internal("the server failed on this request").into_response())
-    } else {
-        body::refuse(request.into_body());
-        let message = "an API key is needed: send `Authorization: Bearer KEY` with one of this server's keys";
-        let error = ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key");
-        closing(error.into_response())
     };
     record.status(response.status());
     if let Ok(value) = HeaderValue::from_str(record.id()) {
@@ -50,6 +48,32 @@ pub(super) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
         response = closing(response);
     }
     response
+}
+
+/// Why a request goes no further: it has no key, or comes from a page that only pretends to be this server's own.
+fn refusal(config: &ServerConfig, request: &Request, open: bool) -> Option<ApiError> {
+    let header = |name| request.headers().get(name).map(HeaderValue::as_bytes);
+    if !open && !config.keys.admit(header(header::AUTHORIZATION)) {
+        let message = "an API key is needed: send `Authorization: Bearer KEY` with one of this server's keys";
+        return Some(ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key"));
+    }
+    // A web page whose name has been made to point to this machine (DNS rebinding) speaks to a server without keys as
+    // to its own. Its name is in `Host`; names of this machine and addresses are in nobody's hands.
+    if config.keys.is_empty() && !config.allow_open && !header(header::HOST).is_none_or(is_local) {
+        let message =
+            "Host is neither localhost nor an address: a server without API keys answers to no other name";
+        return Some(ApiError::new(StatusCode::FORBIDDEN, message).with_code("host_not_allowed"));
+    }
+    None
+}
+
+fn is_local(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    if host.parse::<SocketAddr>().is_ok() || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
+        return true;
+    }
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name).to_ascii_lowercase();
+    name == "localhost" || name.ends_with(".localhost")
 }
 
 /// The client's own name for its request where it is a plain word, else a new one.
@@ -65,4 +89,36 @@ fn request_id(request: &Request) -> String {
 fn closing(mut response: Response) -> Response {
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_local;
+
+    #[test]
+    fn names_of_this_machine_and_addresses_are_local() {
+        for host in [
+            "localhost",
+            "LOCALHOST:8000",
+            "a.localhost",
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "[::1]",
+            "[::1]:8000",
+            "10.1.2.3:1",
+        ] {
+            assert!(is_local(host.as_bytes()), "{host}");
+        }
+        for host in [
+            "",
+            "evil.com",
+            "evil.com:8000",
+            "localhost.evil.com",
+            "127.0.0.1.evil.com",
+            "localhost@evil.com",
+            "1",
+        ] {
+            assert!(!is_local(host.as_bytes()), "{host}");
+        }
+    }
 }

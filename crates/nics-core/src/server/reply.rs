@@ -40,6 +40,16 @@ impl Usage {
     }
 }
 
+/// The field `usage` of a chunk.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum UsageField {
+    /// The request does not ask for it.
+    Absent,
+    /// A later chunk has it.
+    Null,
+    Counts(Usage),
+}
+
 impl Head {
     fn object(&self, object: &str, choices: Vec<Value>) -> Map<String, Value> {
         let mut map = Map::new();
@@ -63,15 +73,17 @@ impl Head {
         map.into()
     }
 
-    /// A chunk of a stream. `usage` is `Some(None)` in the chunks before the one that has it.
-    pub fn chunk(&self, choice: Option<Value>, usage: Option<Option<Usage>>) -> Value {
+    /// A chunk of a stream.
+    pub fn chunk(&self, choice: Option<Value>, usage: UsageField) -> Value {
         let object = match self.form {
             Form::Chat { .. } => "chat.completion.chunk",
             Form::Text => "text_completion",
         };
         let mut map = self.object(object, choice.into_iter().collect());
-        if let Some(usage) = usage {
-            map.insert("usage".into(), usage.map_or(Value::Null, Usage::json));
+        match usage {
+            UsageField::Absent => {}
+            UsageField::Null => drop(map.insert("usage".into(), Value::Null)),
+            UsageField::Counts(usage) => drop(map.insert("usage".into(), usage.json())),
         }
         map.into()
     }
@@ -146,7 +158,13 @@ impl Chunks {
             Form::Chat { .. } => "delta",
             Form::Text => "text",
         };
-        json!({"index": self.index, key: content, "logprobs": logprobs, "finish_reason": finish})
+        Map::from_iter([
+            ("index".to_owned(), self.index.into()),
+            (key.to_owned(), content),
+            ("logprobs".to_owned(), logprobs.into()),
+            ("finish_reason".to_owned(), finish.into()),
+        ])
+        .into()
     }
 }
 
@@ -237,7 +255,7 @@ fn logprobs(form: Form, list: &[Logprob], offset: &mut usize) -> Option<Value> {
             let content: Vec<Value> = list
                 .iter()
                 .map(|l| {
-                    let mut value = entry(&l.bytes, l.logprob);
+                    let mut value = entry(&l.bytes, l.of_token);
                     value["top_logprobs"] = l.top.iter().map(|(bytes, p)| entry(bytes, *p)).collect();
                     value
                 })
@@ -260,7 +278,7 @@ fn logprobs(form: Form, list: &[Logprob], offset: &mut usize) -> Option<Value> {
                 .collect();
             json!({
                 "tokens": list.iter().map(|l| text(&l.bytes)).collect::<Vec<_>>(),
-                "token_logprobs": list.iter().map(|l| finite(l.logprob)).collect::<Vec<_>>(),
+                "token_logprobs": list.iter().map(|l| finite(l.of_token)).collect::<Vec<_>>(),
                 "top_logprobs": top,
                 "text_offset": offsets,
             })

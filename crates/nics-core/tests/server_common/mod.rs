@@ -359,12 +359,12 @@ impl Reply {
 
 /// The head of a request.
 pub fn head(method: &str, path: &str, headers: &[(&str, &str)], length: usize) -> Vec<u8> {
-    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n");
+    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
     if !headers.iter().any(|(n, _)| n.eq_ignore_ascii_case("content-type")) {
         head += "Content-Type: application/json\r\n";
     }
     for (name, value) in headers {
-        head += &format!("{name}: {value}\r\n");
+        head.extend([name, ": ", value, "\r\n"]);
     }
     format!("{head}Content-Length: {length}\r\n\r\n").into_bytes()
 }
@@ -404,20 +404,18 @@ pub fn parse(bytes: &[u8]) -> Reply {
         .collect();
     let mut rest = &bytes[at + 4..];
     let chunked = headers.iter().any(|(n, v)| n == "transfer-encoding" && v == "chunked");
-    let mut body = Vec::new();
-    while chunked {
+    let mut body = if chunked { Vec::new() } else { std::mem::take(&mut rest).to_vec() };
+    while !rest.is_empty() || (chunked && body.is_empty()) {
         let at = rest.windows(2).position(|w| w == b"\r\n").expect("the chunks break off");
         let n = usize::from_str_radix(std::str::from_utf8(&rest[..at]).unwrap(), 16).unwrap();
         body.extend_from_slice(&rest[at + 2..at + 2 + n]);
         rest = &rest[at + 4 + n..];
         if n == 0 {
             assert!(rest.is_empty(), "something follows the last chunk");
-            break;
+            return Reply { status, headers, body };
         }
     }
-    if !chunked {
-        body = rest.to_vec();
-    }
+    assert!(!chunked, "the last chunk is missing");
     Reply { status, headers, body }
 }
 
