@@ -63,6 +63,9 @@ pub struct Agent {
     /// Read pages of this machine and its network too; a search result can then reach any service that this process can
     #[arg(long)]
     allow_private: bool,
+    /// Host whose pages are read wherever it is, e.g. wiki.example or 10.0.0.5:8080; may be given several times
+    #[arg(long, value_name = "HOST[:PORT]")]
+    allow_host: Vec<String>,
     /// Use the service's excerpt where a page cannot be read
     #[arg(long)]
     snippets: bool,
@@ -136,6 +139,7 @@ impl Agent {
         let limits = PageLimits {
             timeout: Duration::from_secs(self.page_timeout),
             allow_private: self.allow_private,
+            allow_hosts: self.allow_host.clone(),
             ..PageLimits::default()
         };
         let settings = HttpSettings::named_or_file(service).map_err(|e| anyhow!(e)).context("--search")?;
@@ -198,6 +202,11 @@ fn show_json(event: &Event) -> Result<()> {
     Ok(out.flush()?)
 }
 
+/// Text for a terminal: what a page or a model writes must not steer it.
+fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
+}
+
 /// A turn as a person reads it: what is going on on stderr, the answer on stdout, its sources below it.
 #[derive(Default)]
 struct Page {
@@ -211,7 +220,7 @@ impl Page {
         match event {
             Event::Text { text } => {
                 let links = out.is_terminal();
-                let written = link(text, self.sources.len(), |n| self.reference(n, links));
+                let written = link(&plain(text), self.sources.len(), |n| self.reference(n, links));
                 self.said |= !written.trim().is_empty();
                 write!(out, "{written}")?;
             }
@@ -220,11 +229,11 @@ impl Page {
                     writeln!(out)?;
                 }
                 let query = arguments["query"].as_str().map_or_else(|| arguments.to_string(), str::to_owned);
-                eprintln!("({name}: {query})");
+                eprintln!("({}: {})", plain(name), plain(&query));
             }
-            Event::Result { title, url, error: None } => eprintln!("  {title} {url}"),
-            Event::Result { url, error: Some(error), .. } => eprintln!("  {url}: {error}"),
-            Event::Summary(source) => self.sources.push((source.title.clone(), source.url.clone())),
+            Event::Result { title, url, error: None } => eprintln!("  {} {}", plain(title), plain(url)),
+            Event::Result { url, error: Some(error), .. } => eprintln!("  {}: {}", plain(url), plain(error)),
+            Event::Summary(source) => self.sources.push((plain(&source.title), plain(&source.url))),
             Event::Failed { reason } => eprintln!("(nothing found: {reason})"),
             Event::Answer(answer) => self.end(&mut out, answer)?,
         }
@@ -236,7 +245,6 @@ impl Page {
         match self.sources.get(n - 1) {
             // OSC 8, as terminals read hyperlinks.
             Some((_, url)) if links && url.starts_with("http") => {
-                let url: String = url.chars().filter(|c| !c.is_control()).collect();
                 format!("\x1b]8;;{url}\x1b\\[{n}]\x1b]8;;\x1b\\")
             }
             _ => format!("[{n}]"),

@@ -54,9 +54,20 @@ fn is_public_v6(a: Ipv6Addr) -> bool {
     (0x2000..0x4000).contains(&s[0]) && !teredo_and_others && !documentation
 }
 
-/// The system's resolver, for public addresses alone.
+/// The system's resolver, for public addresses and some hosts by name.
 #[derive(Debug, Default)]
-pub(super) struct PublicOnly(DefaultResolver);
+pub(super) struct PublicOnly {
+    system: DefaultResolver,
+    allowed: Vec<String>,
+}
+
+impl PublicOnly {
+    /// Public addresses, and whatever address these hosts have.
+    pub fn but(hosts: &[String]) -> Self {
+        let allowed = hosts.iter().map(|h| h.to_ascii_lowercase()).collect();
+        Self { system: DefaultResolver::default(), allowed }
+    }
+}
 
 /// What [`PublicOnly`] says of a host without a public address.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +84,13 @@ impl Resolver for PublicOnly {
         config: &Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let all = self.0.resolve(uri, config, timeout)?;
+        let all = self.system.resolve(uri, config, timeout)?;
+        // Without what may stand in front of the host: user and password.
+        let authority = uri.authority().map(|a| a.as_str().to_ascii_lowercase()).unwrap_or_default();
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        if self.allowed.iter().any(|allowed| allowed == host) {
+            return Ok(all);
+        }
         // One address that is not public condemns the name: who answers with both is up to something.
         if all.iter().any(|address| !is_public(address.ip())) {
             let host = uri.host().unwrap_or_default().to_owned();

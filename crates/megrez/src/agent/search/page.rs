@@ -24,12 +24,15 @@ pub struct PageLimits {
     /// Whether addresses of this machine and its network may be read. For intranets and tests: whoever controls a search
     /// result can then make this process ask any service that it can reach.
     pub allow_private: bool,
+    /// Hosts that may be read wherever they are, as URLs name them with the port where it is not the scheme's:
+    /// `wiki.example` or `10.0.0.5:8080`.
+    pub allow_hosts: Vec<String>,
 }
 
 impl Default for PageLimits {
     /// 10 seconds, 4 MiB, 5 redirects, public addresses alone.
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(10), bytes: 4 << 20, redirects: 5, allow_private: false }
+        Self { timeout: Duration::from_secs(10), bytes: 4 << 20, redirects: 5, allow_private: false, allow_hosts: Vec::new() }
     }
 }
 
@@ -102,7 +105,7 @@ fn agent(limits: &PageLimits) -> Agent {
         return Agent::new_with_config(config);
     }
     let connector = ureq::unversioned::transport::DefaultConnector::default();
-    Agent::with_parts(config, connector, PublicOnly::default())
+    Agent::with_parts(config, connector, PublicOnly::but(&limits.allow_hosts))
 }
 
 fn read(
