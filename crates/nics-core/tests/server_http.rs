@@ -7,7 +7,7 @@ mod server_common;
 use std::time::{Duration, Instant};
 
 use nics_core::server::{ApiKeys, ROUTES, ServeError, ServerConfig, start};
-use serde_json::{Value, json};
+use serde_json::json;
 use server_common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -237,200 +237,23 @@ async fn slow_clients_are_cut() {
 }
 
 #[tokio::test]
-async fn a_wrong_field_is_named() {
-    let server = Server::fake(ServerConfig::default(), 4, Fake::saying("hi")).await;
-    let both = [
-        ("temperature", json!(999_999)),
-        ("temperature", json!(-0.1)),
-        ("temperature", json!("hot")),
-        ("temperature", json!([1])),
-        ("top_p", json!(-1)),
-        ("top_p", json!(0)),
-        ("top_p", json!(1.5)),
-        ("top_k", json!(-2)),
-        ("top_k", json!(1e9)),
-        ("min_p", json!(2)),
-        ("repetition_penalty", json!(0)),
-        ("n", json!(1_000_000)),
-        ("n", json!(0)),
-        ("n", json!(1.5)),
-        ("max_tokens", json!(0)),
-        ("max_tokens", json!(-1)),
-        ("max_tokens", json!(2_147_483_648u64)),
-        ("max_tokens", json!(1e300)),
-        ("max_completion_tokens", json!(257)),
-        ("stop", json!(3)),
-        ("stop", json!([3])),
-        ("stop", json!("")),
-        ("stop", json!(vec!["a"; 17])),
-        ("stop", json!("a".repeat(257))),
-        ("seed", json!("x")),
-        ("seed", json!(1.5)),
-        ("stream", json!(1)),
-        ("stream_options", json!({"include_usage": true})),
-        ("ignore_eos", json!("no")),
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(-0.5)),
-        ("logit_bias", json!({"5": 1})),
-        ("response_format", json!({"type": "json_object"})),
-        ("suffix", json!("end")),
-        ("best_of", json!(3)),
-        ("user", json!(3)),
-        ("model", json!(3)),
-    ];
-    let chats = [
-        ("messages", json!(null)),
-        ("messages", json!([])),
-        ("messages", json!("hi")),
-        ("messages[0]", json!(["hi"])),
-        ("messages[0].role", json!([{"content": "hi"}])),
-        ("messages[0].role", json!([{"role": 3, "content": "hi"}])),
-        ("messages[0].content", json!([{"role": "user"}])),
-        ("messages[0].content", json!([{"role": "user", "content": 3}])),
-        ("messages[0].content[0].type", json!([{"role": "user", "content": [{"text": "hi"}]}])),
-        ("messages[0].content[0].text", json!([{"role": "user", "content": [{"type": "text"}]}])),
-        (
-            "messages[0].content[1].type",
-            json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "file:///x"}}]}]),
-        ),
-        ("messages[0].tool_calls", json!([{"role": "assistant", "content": "a", "tool_calls": 3}])),
-        ("messages[0].tool_calls[0].function.name", json!([{"role": "assistant", "tool_calls": [{}]}])),
-    ];
-    let check = async |path: &str, mut body: Value, param: &str, field: &str, value: Value| {
-        body[field] = value.clone();
-        let reply = server.post(path, &body).await;
-        assert_eq!(reply.error(400).0.as_deref(), Some(param), "{field}: {value}: {}", reply.text());
+async fn clients_that_wait_for_a_slow_engine_are_not_cut() {
+    let short = Duration::from_millis(150);
+    let config = ServerConfig {
+        header_timeout: short,
+        body_timeout: short,
+        write_timeout: short,
+        ..ServerConfig::default()
     };
-    for (field, value) in both {
-        check("/v1/chat/completions", chat("hi", json!({})), field, field, value.clone()).await;
-        check("/v1/completions", completion("hi", json!({})), field, field, value).await;
-    }
-    for (param, value) in chats {
-        check("/v1/chat/completions", chat("hi", json!({})), param, "messages", value).await;
-    }
-    for (field, value) in [
-        ("tools", json!("all")),
-        ("tools[0]", json!([3])),
-        ("tool_choice", json!("required")),
-        ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
-        ("logprobs", json!(3)),
-        ("top_logprobs", json!(2)),
-        ("chat_template_kwargs", json!(2)),
-        ("functions", json!([{"name": "f"}])),
-    ] {
-        let name = field.split('[').next().unwrap();
-        check("/v1/chat/completions", chat("hi", json!({})), field, name, value).await;
-    }
-    for (field, value) in [
-        ("prompt", json!(null)),
-        ("prompt", json!("")),
-        ("prompt", json!([])),
-        ("prompt", json!([[]])),
-        ("prompt", json!(3)),
-        ("prompt", json!([1, "a"])),
-        ("prompt", json!(["a", 1])),
-        ("prompt", json!([[1, 2], [3, -1]])),
-        ("prompt", json!([320])),
-        ("prompt", json!([4_294_967_296u64])),
-        ("prompt", json!({"a": 1})),
-        ("prompt", json!(vec!["a"; 65])),
-        ("logprobs", json!(21)),
-        ("logprobs", json!(true)),
-        ("echo", json!(1)),
-    ] {
-        check("/v1/completions", completion("hi", json!({})), field, field, value).await;
-    }
-    let reply = server.post("/v1/completions", &completion("hi", json!({"mood": 3}))).await;
-    assert!(reply.text().contains("mood is no string"));
-    reply.error(400);
-    server.end().await;
-}
-
-#[tokio::test]
-async fn values_that_change_nothing_are_let_through() {
-    let server = Server::fake(ServerConfig::default(), 4, Fake::saying("hi")).await;
-    let neutral = json!({
-        "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"},
-        "suffix": null, "best_of": 1, "user": "me", "temperature": null, "top_p": 1, "top_k": -1, "min_p": 0,
-        "stop": null, "n": null, "stream": false, "stream_options": null, "seed": -3, "max_tokens": 2,
-        "max_completion_tokens": 2, "logprobs": null, "no_such_field": [1, 2],
-    });
-    assert_eq!(server.post("/v1/completions", &completion("x", neutral.clone())).await.status, 200);
-    let mut neutral = neutral;
-    neutral["tools"] = json!([]);
-    neutral["tool_choice"] = json!("none");
-    neutral["logprobs"] = json!(false);
-    neutral["messages"] = json!([
-        {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        {"role": "user", "content": "hi", "name": "me"},
-    ]);
-    let reply = server.post("/v1/chat/completions", &neutral).await;
-    assert_eq!(reply.status, 200, "{}", reply.text());
-    server.end().await;
-}
-
-#[tokio::test]
-async fn prompt_and_reply_must_fit_the_context() {
-    let server = Server::fake(ServerConfig::default(), 4, Fake::babbling()).await;
-    let ids = |n: usize| json!(vec![5; n]);
-    let post =
-        async |n: usize, fields: Value| server.post("/v1/completions", &completion(ids(n), fields)).await;
-    for (n, fields) in [(256, json!({})), (250, json!({"max_tokens": 7})), (5000, json!({"max_tokens": 1}))] {
-        let (_, code) = post(n, fields).await.error(400);
-        assert_eq!(code.as_deref(), Some("context_length_exceeded"), "{n}");
-    }
-    // Absent, it is the model's own, as far as there is room.
-    for (n, fields, written) in
-        [(250, json!({"max_tokens": 6}), 6), (250, json!({}), 6), (20, json!({}), 24), (255, json!({}), 1)]
-    {
-        let reply = post(n, fields).await.json();
-        let usage = json!({
-            "prompt_tokens": n, "completion_tokens": written, "total_tokens": n + written,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        });
-        assert_eq!(reply["usage"], usage);
-        assert_eq!(reply["choices"][0]["finish_reason"], "length");
+    let fake = Fake { pace: Duration::from_millis(300), ..Fake::saying("ab") };
+    let server = Server::fake(config, 4, fake).await;
+    for stream in [false, true] {
+        let reply = server.post("/v1/chat/completions", &chat("x", json!({"stream": stream}))).await;
+        assert_eq!(reply.status, 200);
+        let texts = if stream { streamed_texts(&reply.chunks(), 1) } else { whole_texts(&reply.json()) };
+        assert_eq!(texts, ["ab"]);
     }
     server.end().await;
-}
-
-#[tokio::test]
-async fn health_and_metrics_say_what_goes_on() {
-    let server = Server::fake(ServerConfig::default(), 4, Fake::saying("hello")).await;
-    assert_eq!(server.get("/health").await.json(), json!({"status": "ok"}));
-    server.post("/v1/chat/completions", &chat("hi", json!({}))).await.json();
-    server.post("/v1/chat/completions", &chat("hi", json!({"n": 0}))).await.error(400);
-    server.get("/nowhere").await.error(404);
-    let page = server.get("/metrics").await;
-    assert_eq!(page.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
-    for line in [
-        "nics_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"} 1",
-        "nics_http_requests_total{route=\"/v1/chat/completions\",status=\"400\"} 1",
-        "nics_http_requests_total{route=\"other\",status=\"404\"} 1",
-        "nics_queue_requests 0",
-        "nics_queue_limit_requests 4",
-        "nics_running_requests 0",
-        "nics_requests_accepted_total 1",
-        "nics_requests_rejected_total 0",
-        "nics_time_to_first_token_seconds_count 1",
-        "nics_time_to_first_token_seconds_bucket{le=\"+Inf\"} 1",
-    ] {
-        assert!(page.text().lines().any(|l| l == line), "{line} is not in\n{}", page.text());
-    }
-    for line in page.text().lines().filter(|l| !l.starts_with('#')) {
-        let (name, value) = line.rsplit_once(' ').unwrap();
-        assert!(name.starts_with("nics_") && value.parse::<f64>().is_ok(), "{line}");
-    }
-    server.end().await;
-
-    // An engine that could not be loaded: the server says so.
-    let server =
-        Server::with(ServerConfig::default(), 4, |_| Err(nics_core::Error::input("no weights"))).await;
-    let reply = server.get("/health").await;
-    assert_eq!((reply.status, reply.json()), (503, json!({"status": "dead"})));
-    server.post("/v1/chat/completions", &chat("hi", json!({}))).await.error(503);
-    server.running.stopper().drain();
-    timely(server.running.join()).await.unwrap();
 }
 
 #[tokio::test]
@@ -452,95 +275,4 @@ async fn a_foreign_name_is_not_answered_without_keys() {
     let server = Server::fake(keyed(), 4, Fake::saying("hi")).await;
     assert_eq!(post(&server, "any.example", "Authorization: Bearer sk-secret\r\n").await.status, 200);
     server.end().await;
-}
-
-#[tokio::test]
-async fn a_model_that_is_being_loaded_keeps_requests_waiting() {
-    let (load, loaded) = std::sync::mpsc::channel::<()>();
-    let (handle, thread) = nics_core::server::spawn(4, move |driver| {
-        loaded.recv().unwrap();
-        driver.run(&mut Fake::saying("hi"));
-        Ok::<_, nics_core::Error>(())
-    })
-    .unwrap();
-    let config = ServerConfig { port: 0, ..ServerConfig::default() };
-    let running = start(config, std::sync::Arc::new(Front::new()), handle.clone()).await.unwrap();
-    let server = Server { running, handle, thread };
-    let health = server.get("/health").await;
-    assert_eq!((health.status, health.json()), (503, json!({"status": "loading"})));
-    let body = chat("x", json!({}));
-    let waiting = server.post("/v1/chat/completions", &body);
-    let after = async {
-        until("it waits", || server.handle.stats().queued == 1).await;
-        load.send(()).unwrap();
-    };
-    let (reply, ()) = timely(async { tokio::join!(waiting, after) }).await;
-    assert_eq!(whole_texts(&reply.json()), ["hi"]);
-    server.end().await;
-}
-
-/// Where a test's log goes.
-#[derive(Clone, Default)]
-struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-#[tokio::test]
-async fn the_log_has_a_line_a_request_and_neither_texts_nor_keys() {
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::TRACE)
-        .with_ansi(false)
-        .with_writer(move || writer.clone())
-        .finish();
-    // The runtime of this test has this thread alone.
-    let _guard = tracing::subscriber::set_default(subscriber);
-    let server = Server::fake(keyed(), 4, Fake::saying("a private answer")).await;
-    let at = server.address();
-    for (id, stream) in [("one", true), ("two", false)] {
-        let body = chat("a private question", json!({"stream": stream, "user": "somebody"})).to_string();
-        let reply =
-            request(at, "POST", "/v1/chat/completions", &[KEY, ("X-Request-Id", id)], body.as_bytes()).await;
-        assert_eq!(reply.status, 200);
-    }
-    let wrong = ("Authorization", "Bearer sk-guessed");
-    request(at, "POST", "/v1/completions", &[wrong, ("X-Request-Id", "three")], b"a private question")
-        .await
-        .error(401);
-    request(at, "POST", "/v1/private", &[KEY, ("X-Request-Id", "four")], b"{}").await.error(404);
-    server.end().await;
-    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    let line = |id: &str| {
-        let lines: Vec<&str> = log.lines().filter(|l| l.contains(&format!("id=\"{id}\""))).collect();
-        assert_eq!(lines.len(), 1, "{id}: {log}");
-        lines[0]
-    };
-    for id in ["one", "two"] {
-        for part in [
-            "route=\"/v1/chat/completions\"",
-            "status=200",
-            "prompt_tokens=",
-            "completion_tokens=",
-            "queue_ms=",
-            "first_token_ms=",
-            "total_ms=",
-        ] {
-            assert!(line(id).contains(part), "{part}: {}", line(id));
-        }
-    }
-    assert!(line("three").contains("status=401"));
-    assert!(line("four").contains("status=404"));
-    for secret in ["private", "secret", "guessed", "somebody"] {
-        assert!(!log.contains(secret), "{secret}: {log}");
-    }
 }

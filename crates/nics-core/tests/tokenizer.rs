@@ -57,6 +57,35 @@ fn tokenizer(kind: &str) -> Tokenizer {
 }
 
 #[test]
+fn bytes_of_tokens_put_together_are_the_text() {
+    let text = std::fs::read(golden("cases.json")).unwrap();
+    let golden: Golden = serde_json::from_slice(&text).unwrap();
+    let mut checked = 0;
+    // WordPiece joins its tokens by rules about what stands beside them.
+    for kind in KINDS.into_iter().filter(|kind| *kind != "word-piece") {
+        let tokenizer = tokenizer(kind);
+        assert_eq!(tokenizer.token_bytes(u32::MAX), None);
+        for case in golden.cases.iter().filter(|case| case.kind == kind) {
+            let unk = tokenizer.special_ids().unk;
+            if case.bare.iter().any(|&id| Some(id) == unk || tokenizer.is_special(id)) {
+                continue;
+            }
+            let bytes: Vec<u8> =
+                case.bare.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap()).collect();
+            let text = String::from_utf8_lossy(&bytes);
+            // Some decoders strip the space that stands before the first word.
+            let expected = tokenizer.decode(&case.bare, false).unwrap();
+            assert!(
+                text == expected || text.strip_prefix(' ') == Some(&expected),
+                "{kind}: {text:?}, {expected:?}"
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 20, "{checked}");
+}
+
+#[test]
 fn ids_and_texts_equal_those_of_transformers() {
     let text = std::fs::read(golden("cases.json")).unwrap();
     let golden: Golden = serde_json::from_slice(&text).unwrap();

@@ -18,7 +18,8 @@ pub struct ServerConfig {
     pub keys: ApiKeys,
     /// Whether an address other than loopback may be served without a key.
     pub allow_open: bool,
-    /// Connections held at once; further ones wait in the system's backlog.
+    /// Connections held at once; further ones wait in the system's backlog. Together with `max_body_bytes` this bounds
+    /// what clients can make the server hold.
     pub max_connections: usize,
     /// Longest body, in bytes; more is 413.
     pub max_body_bytes: usize,
@@ -52,8 +53,8 @@ impl Default for ServerConfig {
             port: 8000,
             keys: ApiKeys::default(),
             allow_open: false,
-            max_connections: 1024,
-            max_body_bytes: 4 << 20,
+            max_connections: 512,
+            max_body_bytes: 2 << 20,
             max_n: 16,
             max_choices: 64,
             max_stops: 16,
