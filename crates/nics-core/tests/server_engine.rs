@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use nics_core::cache::DenseCache;
-use nics_core::generate::Finish;
+use nics_core::generate::{Finish, Generator, Prompt, Request};
 use nics_core::models::Model;
 use nics_core::seam::{Bytes, KvCache};
 use nics_core::server::{Admission, Engine, Event, Job, JobId, TextEngine, TextSettings};
@@ -373,22 +373,57 @@ fn a_step_that_fails_leaves_the_jobs_where_they_were() {
     for _ in 0..4 {
         stepped.step();
     }
-    model.broken.store(true, Ordering::SeqCst);
+    model.broken.store(1, Ordering::SeqCst);
     assert!(stepped.try_step().unwrap_err().to_string().contains("broken"));
     // A prompt's own call concerns its job alone; the writing one's concerns all.
     stepped.take(&jobs[1]);
     assert!(stepped.try_step().is_err());
-    model.broken.store(false, Ordering::SeqCst);
+    model.broken.store(usize::MAX, Ordering::SeqCst);
     stepped.finish();
     for job in &jobs {
         assert_eq!(stepped.tokens[&job.id.0], alone(&model.inner, job));
     }
     // While nothing writes, the failure is the prompt's.
     stepped.take(&greedy(2, ids(30, 6), 4));
-    model.broken.store(true, Ordering::SeqCst);
+    model.broken.store(1, Ordering::SeqCst);
     stepped.step();
     assert_eq!(stepped.ends[&2], End::Failed("broken on demand".into()));
     assert_eq!(stepped.engine.running(), 0);
+}
+
+#[test]
+fn a_failure_of_prompts_in_one_call_takes_nothing_from_those_that_write() {
+    let model = Watched::new(decoder("qwen3"));
+    let jobs = [drawn(0, ids(9, 1), 12), greedy(1, ids(30, 2), 8)];
+    let request = |job: &Job| Request {
+        prompt: Prompt::Ids(job.prompt.to_vec()),
+        sampling: job.sampling.clone(),
+        max_new_tokens: job.max_new_tokens,
+        eos: Vec::new(),
+    };
+    let mut cache = DenseCache::new();
+    let mut generator = Generator::new(&model, &mut cache).with_prefill_chunk(settings().prefill_chunk);
+    let mut written = vec![Vec::new(); 2];
+    for turn in 0.. {
+        if turn == 3 {
+            generator.add(request(&jobs[1])).unwrap();
+            // The writing call of the step has been made when the prompt's fails: its row goes again.
+            model.broken.store(2, Ordering::SeqCst);
+            for _ in 0..2 {
+                assert!(generator.advance().unwrap_err().to_string().contains("broken"));
+            }
+            model.broken.store(usize::MAX, Ordering::SeqCst);
+        } else if turn == 0 {
+            generator.add(request(&jobs[0])).unwrap();
+        }
+        for token in generator.advance().unwrap().tokens {
+            written[token.request.0 as usize].push(token.token);
+        }
+        if turn > 3 && generator.running() == 0 {
+            break;
+        }
+    }
+    assert_eq!(written, jobs.map(|job| alone(&model.inner, &job)));
 }
 
 #[test]

@@ -49,6 +49,11 @@ impl Engine for Stub {
         if job.prompt[0] == 99 {
             return Admission::Refused(Error::input("never"));
         }
+        if job.prompt[0] == 96 {
+            // Takes its time, so that things happen meanwhile.
+            let _ = self.began.send(());
+            let _ = self.gate.recv();
+        }
         if job.prompt[0] == 98 || self.jobs.len() >= self.slots {
             return Admission::Full;
         }
@@ -268,6 +273,22 @@ fn a_job_between_queue_and_engine_is_cancelled_too() {
     assert_eq!(rig.handle.stats().queued, 0);
     assert_eq!(rig.handle.stats().cancelled_total, 400);
     assert_eq!(rig.log(), ["take 0"]);
+}
+
+#[test]
+fn the_rest_of_a_request_may_go_while_the_engine_is_asked_about_its_first_job() {
+    let rig = rig(4, 1);
+    let _running = rig.submit(1, 2).unwrap();
+    rig.in_step();
+    let ids = [rig.handle.job_id(), rig.handle.job_id()];
+    let jobs = ids.map(|id| Job { id, ..greedy(0, vec![96], 1) });
+    let mut updates = rig.handle.submit(jobs.to_vec()).unwrap();
+    rig.gate.send(Say::Go).unwrap();
+    rig.in_step(); // inside `admit`, which will say that there is no room
+    updates.cancel(ids[1]);
+    assert_eq!(rig.handle.stats().queued, 1);
+    drop(rig.gate);
+    assert_eq!(all(updates), ["1 started 10", "1 token 1", "1 Length"]);
 }
 
 #[test]

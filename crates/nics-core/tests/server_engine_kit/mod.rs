@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nics_core::cache::DenseCache;
 use nics_core::generate::{Finish, Generator, Prompt, Request, collect};
@@ -131,18 +131,16 @@ pub struct Watched {
     pub inner: Decoder,
     /// Every call's rows: sequence, first position, count.
     pub calls: Mutex<Vec<Vec<(u64, i64, usize)>>>,
-    /// The next calls fail.
-    pub broken: AtomicBool,
+    /// Calls of at least so many rows fail.
+    pub broken: AtomicUsize,
     /// A row of this id has logits that are not finite.
     pub poison: Option<i64>,
-    /// A call panics that sees this id.
-    pub bomb: Option<i64>,
 }
 
 impl Watched {
     pub fn new(inner: Decoder) -> Self {
         let calls = Mutex::new(Vec::new());
-        Self { inner, calls, broken: AtomicBool::new(false), poison: None, bomb: None }
+        Self { inner, calls, broken: AtomicUsize::new(usize::MAX), poison: None }
     }
 
     pub fn taken_calls(&self) -> Vec<Vec<(u64, i64, usize)>> {
@@ -169,11 +167,10 @@ impl Model for Watched {
         self.calls.lock().unwrap().push(rows);
         let mut output = self.inner.forward(batch, cache, hook)?;
         // After the call, so that the cache holds rows that have to go again.
-        if self.broken.load(Ordering::SeqCst) {
+        if batch.rows.len() >= self.broken.load(Ordering::SeqCst) {
             return Err(Error::input("broken on demand"));
         }
         if let Input::Ids(ids) = batch.input {
-            assert!(self.bomb.is_none_or(|bomb| ids.eq(bomb).any().int64_value(&[]) == 0), "boom");
             if let Some(poison) = self.poison {
                 let rows = ids.eq(poison).unsqueeze(1);
                 output.hidden = output.hidden.masked_fill(&rows, f64::NAN);
