@@ -232,7 +232,8 @@ pub fn dtype_name(kind: Kind) -> String {
 /// The most threads that a request may name: a typing mistake should not start a million.
 const MAX_THREADS: usize = 4096;
 
-/// Sets libtorch's threads for operations called from *this* thread and returns how many there are.
+/// Sets the threads for operations called from *this* thread, libtorch's and those of our own kernels, and returns how
+/// many there are.
 ///
 /// `None` takes what the allocation allows: `OMP_NUM_THREADS`, else `SLURM_CPUS_PER_TASK`, else the processors that
 /// affinity and control group leave to this process. libtorch keeps the count per calling thread, so call this on the
@@ -246,6 +247,7 @@ pub fn set_threads(threads: Option<usize>) -> Result<usize> {
         Some(n) => return Err(Error::input(format!("{n} threads: give 1 to {MAX_THREADS}"))),
     };
     tch::set_num_threads(n as i32);
+    nics_kernels::pool::set_threads(n).map_err(|e| Error::Input(format!("{n} threads: the system refuses one: {e}")))?;
     Ok(n)
 }
 

@@ -11,7 +11,7 @@
 use tch::Tensor;
 
 use crate::models::{Model, ModelDims};
-use crate::nn::Rope;
+use crate::nn::{Linear, Rope};
 use crate::{Error, Result};
 
 /// A sequence in a cache. Given out by [`KvCache::open`], never reused by the same cache.
@@ -272,6 +272,11 @@ pub trait Projection: Send {
             all.push(other.forward(x)?);
         }
         Ok(all)
+    }
+
+    /// The projection as a dense layer, when it is one: dense layers over one input share a pass.
+    fn as_linear(&self) -> Option<&Linear> {
+        None
     }
 
     /// The weight that this projection amounts to, `[out, in]`.

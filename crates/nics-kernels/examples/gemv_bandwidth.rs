@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 use nics_kernels::gemv::{Product, gemv_with};
-use nics_kernels::memory::{advise_huge_pages, read_bandwidth};
+use nics_kernels::memory::{prefer_huge_pages, read_bandwidth};
 use nics_kernels::{Element, Isa, Pool, Values, ValuesMut};
 
 /// Weights that begin a line of the cache, as those in libtorch's tensors do.
@@ -18,7 +18,7 @@ impl<T: Element> Weights<T> {
     fn new(len: usize) -> Self {
         let mut memory: Vec<T> = Vec::with_capacity(len + 64);
         let from = memory.as_ptr().align_offset(64);
-        advise_huge_pages(memory.as_ptr().cast(), len * size_of::<T>());
+        prefer_huge_pages(memory.as_ptr().cast(), len * size_of::<T>());
         memory.extend((0..len + from).map(|i| T::from_f32((i % 1000) as f32 * 1e-3 - 0.5)));
         Self { memory, from, len }
     }

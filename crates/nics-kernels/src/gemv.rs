@@ -25,8 +25,10 @@ const ROWS: usize = 4;
 const CHANNELS: usize = 512;
 /// Bytes of a row of weights up to which prefetching by hand pays.
 const SHORT_ROW: usize = 4096;
-/// Bytes of weights that a task reads, about.
-const TASK_BYTES: usize = 128 << 10;
+/// Bytes of weights that a task reads, at most about: what a task reads ahead ends with it.
+const TASK_BYTES: usize = 1 << 20;
+/// Tasks of a call for each thread, so that a thread that is late does not keep the others waiting.
+const TASKS: usize = 4;
 
 /// One matrix of a call.
 #[derive(Debug)]
@@ -93,6 +95,8 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
     if input == 0 {
         return;
     }
+    let bytes: usize = products.iter().map(|p| p.weight.len() * p.weight.kind().size()).sum();
+    let task_bytes = (bytes / (TASKS * pool.threads())).min(TASK_BYTES);
     let mut tasks = 0;
     let targets: Vec<Target> = products
         .iter_mut()
@@ -102,7 +106,7 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
             assert_eq!(p.weight.len(), out * input, "the weight is not [{out}, {input}]");
             assert!(p.bias.is_none_or(|b| b.len() == out), "the bias is not [{out}]");
             let row_bytes = input * p.weight.kind().size();
-            let outputs_per_task = (TASK_BYTES / row_bytes).next_multiple_of(OUTPUTS).clamp(OUTPUTS, 1024);
+            let outputs_per_task = (task_bytes / row_bytes).next_multiple_of(OUTPUTS).max(OUTPUTS);
             let target = Target {
                 weight: p.weight,
                 bias: p.bias,
@@ -225,6 +229,7 @@ fn block<L: Lanes, W: Weight>(w: &[W], x: &Widened, target: &Target, outputs: Ra
     let mut acc = [[unsafe { L::zero() }; OUTPUTS]; MAX_ROWS];
     for first in outputs.clone().step_by(OUTPUTS) {
         let count = (outputs.end - first).min(OUTPUTS);
+        let next = &w[(first + count) * x.input..outputs.end.min(first + count + OUTPUTS) * x.input];
         let w = &w[first * x.input..(first + count) * x.input];
         acc[..x.rows].fill([unsafe { L::zero() }; OUTPUTS]);
         for from in (0..x.input).step_by(CHANNELS) {
@@ -234,15 +239,15 @@ fn block<L: Lanes, W: Weight>(w: &[W], x: &Widened, target: &Target, outputs: Ra
                 let acc = &mut acc[row..row + rows];
                 // Sums, rows of x and weights of one step fit 32 registers.
                 match rows {
-                    1 => add::<L, W, 8, 1>(w, x, from, row, acc, 0),
-                    2 => add::<L, W, 8, 2>(w, x, from, row, acc, 0),
+                    1 => add::<L, W, 8, 1>(w, next, x, from, row, acc, 0),
+                    2 => add::<L, W, 8, 2>(w, next, x, from, row, acc, 0),
                     3 => {
-                        add::<L, W, 4, 3>(w, x, from, row, acc, 0);
-                        add::<L, W, 4, 3>(w, x, from, row, acc, 4);
+                        add::<L, W, 4, 3>(w, next, x, from, row, acc, 0);
+                        add::<L, W, 4, 3>(w, next, x, from, row, acc, 4);
                     }
                     _ => {
-                        add::<L, W, 4, ROWS>(w, x, from, row, acc, 0);
-                        add::<L, W, 4, ROWS>(w, x, from, row, acc, 4);
+                        add::<L, W, 4, ROWS>(w, next, x, from, row, acc, 0);
+                        add::<L, W, 4, ROWS>(w, next, x, from, row, acc, 4);
                     }
                 }
                 row += rows;
@@ -261,6 +266,7 @@ fn block<L: Lanes, W: Weight>(w: &[W], x: &Widened, target: &Target, outputs: Ra
 #[inline(always)]
 fn add<L: Lanes, W: Weight, const O: usize, const R: usize>(
     w: &[W],
+    next: &[W],
     x: &Widened,
     from: usize,
     row: usize,
@@ -292,11 +298,11 @@ fn add<L: Lanes, W: Weight, const O: usize, const R: usize>(
             *weights = w.as_ptr().add((at + o).min(count - 1) * x.input + from);
         }
         let rows = panel.as_ptr().add(row * CHANNELS);
-        // The next outputs' weights, as far as this call is on its way. Within a long row the processor sees by itself
-        // what comes next; from short row to short row it does not.
-        let ahead = w.as_ptr().wrapping_add(w.len() + at * x.input + from * O).cast::<u8>();
+        // The weights of this task's next outputs, as far as this call is on its way. Within a long row the processor sees
+        // by itself what comes next; from short row to short row it does not.
+        let ahead = next.as_ptr().wrapping_add(at * x.input + from * O).cast::<u8>();
         let short = x.input * size_of::<W>() <= SHORT_ROW;
-        let lines = if row == 0 && short { O * step * size_of::<W>() / 64 } else { 0 };
+        let lines = if row == 0 && short && !next.is_empty() { O * step * size_of::<W>() / 64 } else { 0 };
         let mut i = 0;
         while i < whole {
             for line in 0..lines {

@@ -24,7 +24,7 @@ proptest! {
         let kinds: Vec<Kind> = (0..outs.len()).map(|i| KINDS[if i == 0 { weight } else { other }]).collect();
         let weights: Vec<Owned> = outs.iter().zip(&kinds).enumerate()
             .map(|(i, (out, kind))| Owned::new(*kind, &random(out * input, seed ^ (i as u64 + 1)))).collect();
-        let biases: Vec<Owned> = outs.iter().map(|out| Owned::new(act, &random(*out, seed ^ 77))).collect();
+        let biases: Vec<Owned> = outs.iter().map(|out| Owned::new(act, &random(*out, seed ^ 0x77))).collect();
         for isa in Isa::available() {
             let mut ys: Vec<Owned> = outs.iter().map(|out| Owned::new(act, &vec![f32::NAN; rows * out])).collect();
             let mut products: Vec<Product> = weights.iter().zip(&biases).zip(&mut ys)

@@ -147,7 +147,7 @@ fn spread(x: &Tensor, group: i64) -> Result<Tensor> {
 }
 
 /// First key that a window of `w` ending at `position` still holds.
-fn first_inside(k_positions: &[i64], position: i64, w: usize) -> usize {
+pub(super) fn first_inside(k_positions: &[i64], position: i64, w: usize) -> usize {
     k_positions.partition_point(|&p| p <= position - w as i64)
 }
 

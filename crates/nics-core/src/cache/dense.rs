@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use tch::{Kind, Tensor};
 
+use super::decode::{self, Stored};
 use super::{attend_one, check_qkv, probabilities};
 use crate::seam::{Attended, Bytes, KvCache, SeqId, Site, Snapshot};
 use crate::{Error, Result};
@@ -87,8 +88,19 @@ impl Layer {
         Ok(Self { storage, positions: self.positions[..rows].to_vec() })
     }
 
-    /// Makes room for `more` rows and writes them behind the kept ones without counting them yet.
+    /// Writes rows behind the kept ones without counting them yet.
     fn write(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
+        self.make_room(k, v, max_tokens)?;
+        let (kept, more) = (self.positions.len() as i64, k.size()[0]);
+        if let Some((keys, values)) = &self.storage {
+            keys.f_narrow(1, kept, more)?.f_copy_(&k.f_transpose(0, 1)?)?;
+            values.f_narrow(1, kept, more)?.f_copy_(&v.f_transpose(0, 1)?)?;
+        }
+        Ok(())
+    }
+
+    /// Makes room for the rows of `k` and `v` (`[rows, kv_heads, head_dim]`) behind the kept ones.
+    fn make_room(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
         let (more, heads, d) = k.size3()?;
         if let Some((keys, _)) = &self.storage {
             let (kept_heads, _, kept_d) = keys.size3()?;
@@ -123,11 +135,6 @@ impl Layer {
             let grown = (grow(k, old.map(|o| &o.0))?, grow(v, old.map(|o| &o.1))?);
             self.storage = Some(grown);
         }
-        let (kept, more) = (kept as i64, more as i64);
-        if let Some((keys, values)) = &self.storage {
-            keys.f_narrow(1, kept, more)?.f_copy_(&k.f_transpose(0, 1)?)?;
-            values.f_narrow(1, kept, more)?.f_copy_(&v.f_transpose(0, 1)?)?;
-        }
         Ok(())
     }
 }
@@ -156,6 +163,45 @@ impl Sequence {
     }
 }
 
+impl DenseCache {
+    /// One new row of each sequence, by the kernels; `None`, with nothing counted, when it is not a case for them.
+    fn attend_one_row_each(
+        &mut self,
+        at: &Site,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        for (s, from, _) in at.rows.iter() {
+            let sequence = self.sequences.get_mut(&s).ok_or_else(|| unknown(s))?;
+            if sequence.layers.len() <= at.layer {
+                sequence.layers.resize_with(at.layer + 1, Layer::default);
+            }
+            let from = from as i64;
+            let (k, v) = (k.f_narrow(0, from, 1)?, v.f_narrow(0, from, 1)?);
+            sequence.layers[at.layer].make_room(&k, &v, sequence.max_tokens)?;
+        }
+        // Handles of the tensors, so that several sequences can be held at once; the storage stays theirs.
+        let mut handles = Vec::with_capacity(at.rows.seqs().len());
+        for s in at.rows.seqs() {
+            let layer = &self.sequence(*s)?.layers[at.layer];
+            let Some((keys, values)) = &layer.storage else { return Ok(None) };
+            handles.push((keys.shallow_clone(), values.shallow_clone(), layer.positions.as_slice()));
+        }
+        let mut stored: Vec<Stored> =
+            handles.iter_mut().map(|(keys, values, positions)| Stored { keys, values, positions }).collect();
+        let out = decode::attend_rows(at, q, k, v, &mut stored)?;
+        if out.is_some() {
+            for (s, position) in at.rows.seqs().iter().zip(at.rows.positions()) {
+                if let Some(sequence) = self.sequences.get_mut(s) {
+                    sequence.layers[at.layer].positions.push(*position);
+                }
+            }
+        }
+        Ok(out)
+    }
+}
+
 impl KvCache for DenseCache {
     fn open(&mut self, max_tokens: usize) -> Result<SeqId> {
         Ok(self.insert(Sequence { max_tokens, layers: Vec::new() }))
@@ -172,6 +218,11 @@ impl KvCache for DenseCache {
                 "layer {} is beyond the {MAX_LAYERS} that a cache has",
                 at.layer
             )));
+        }
+        if decode::fits(at, q, k, v)
+            && let Some(out) = self.attend_one_row_each(at, q, k, v)?
+        {
+            return Ok(Attended { out, scores: None, exhausted: Vec::new() });
         }
         let (q, k) = (at.rope.apply(q)?, at.rope.apply(k)?);
         let mut outs = Vec::with_capacity(at.rows.seqs().len());

@@ -1,6 +1,7 @@
 //! The caches that the core brings: [`DenseCache`], the default, and the differentiable [`NoCache`].
 
 mod attention;
+mod decode;
 mod dense;
 mod none;
 

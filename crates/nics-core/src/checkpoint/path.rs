@@ -14,6 +14,7 @@ use super::source::{Origin, Source};
 /// the shape. A refusal is a [`CheckpointError::Transform`].
 pub type Transform = dyn Fn(&str, Tensor) -> Result<Tensor, CheckpointError> + Send + Sync;
 
+
 /// A place in a checkpoint, e.g. `model.layers.0.mlp`, from which tensors are read; cheap to clone.
 ///
 /// Behind it stand files ([`Checkpoint::root`](super::Checkpoint::root)), a seeded initialiser
@@ -113,6 +114,10 @@ impl TensorPath {
                 let reason = format!("it made shape {:?} of {shape:?}", tensor.size());
                 return Err(CheckpointError::Transform { key, reason });
             }
+        }
+        let bytes = tensor.numel() * kind.elt_size_in_bytes();
+        if self.device == Device::Cpu && bytes >= super::source::LARGE {
+            nics_kernels::memory::settle_in_huge_pages(tensor.data_ptr().cast_const().cast(), bytes);
         }
         Ok(tensor)
     }

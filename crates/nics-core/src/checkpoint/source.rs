@@ -278,6 +278,9 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
+/// Bytes of a tensor from which on huge pages are asked for: weights that decoding reads again and again.
+pub const LARGE: usize = 64 << 10;
+
 /// Copies `bytes`, values of `stored`, into a tensor of `kind` on `device`.
 fn tensor_of(
     bytes: &[u8],
@@ -286,15 +289,26 @@ fn tensor_of(
     kind: Kind,
     device: Device,
 ) -> Result<Tensor, tch::TchError> {
-    // A view would alias the mapping when nothing is converted, and libtorch assumes aligned elements.
+    // libtorch assumes aligned elements.
     let aligned = bytes.as_ptr().addr().is_multiple_of(stored.elt_size_in_bytes());
-    if bytes.is_empty() || !aligned || (stored == kind && device == Device::Cpu) {
+    if bytes.is_empty() || !aligned {
         return Tensor::f_from_data_size(bytes, shape, stored)?.f_to_device_(device, kind, false, false);
     }
     // SAFETY: `bytes` holds `shape` elements of `stored` (checked with the header) and outlives the view, which is
-    // dropped here; dtype or device differ, so the conversion copies and nothing refers to the mapping afterwards.
+    // dropped here; its values are copied, so that nothing refers to the mapping afterwards.
     let view = unsafe { Tensor::f_from_blob(bytes.as_ptr(), shape, &[], stored, Device::Cpu)? };
-    view.f_to_device_(device, kind, false, true)
+    filled(&view, shape, kind, device)
+}
+
+/// A new tensor with the values of `from`, in huge pages where it is large and on the CPU.
+fn filled(from: &Tensor, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
+    let mut to = Tensor::f_empty(shape, (kind, device))?;
+    let bytes = to.numel() * kind.elt_size_in_bytes();
+    if device == Device::Cpu && bytes >= LARGE {
+        nics_kernels::memory::prefer_huge_pages(to.data_ptr().cast_const().cast(), bytes);
+    }
+    to.f_copy_(from)?;
+    Ok(to)
 }
 
 /// The initialiser's tensor: ones for scales of norms, zeros for biases, otherwise normal with deviation `std`.
@@ -324,5 +338,5 @@ fn initial(
             z * std as f32
         })
         .collect();
-    Tensor::f_from_slice(&values)?.f_reshape(shape)?.f_to_device_(device, kind, false, false)
+    filled(&Tensor::f_from_slice(&values)?.f_reshape(shape)?, shape, kind, device)
 }

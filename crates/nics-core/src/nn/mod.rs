@@ -1,6 +1,7 @@
 //! Building blocks that every model family shares: linear layers, normalisation, rotary tables.
 
 mod linear;
+pub mod memory;
 mod norm;
 mod rope;
 

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::memory::{values, values_mut};
 use crate::Result;
 use crate::checkpoint::TensorPath;
 
@@ -25,6 +26,16 @@ impl RmsNorm {
     /// # Shapes
     /// `x`: `[.., hidden]`, result: the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(xs), Some(weight)) = (values(x), values(&self.weight))
+            && xs.kind() == weight.kind()
+            && x.size().last() == self.weight.size().first()
+        {
+            let mut y = x.f_new_empty(x.size(), (x.kind(), x.device()))?;
+            if let Some(ys) = values_mut(&mut y) {
+                nics_kernels::norm::rms_norm(xs, weight, self.eps as f32, ys);
+                return Ok(y);
+            }
+        }
         let x32 = x.f_to_kind(Kind::Float)?;
         let mean_square = x32.f_square()?.f_mean_dim(-1i64, true, Kind::Float)?;
         let y = x32.f_mul(&mean_square.f_add_scalar(self.eps)?.f_rsqrt()?)?;

@@ -1,0 +1,70 @@
+//! Tensors as plain memory, for the CPU kernels.
+//!
+//! A kernel sees a tensor when it lies on the CPU, is contiguous, is of a format that kernels have, and when nobody
+//! waits for its gradient. In any other case the caller takes libtorch's way.
+
+use half::{bf16, f16};
+use nics_kernels::{Values, ValuesMut};
+use tch::{Device, Kind, Tensor};
+
+/// The values of `t`, where a kernel may read them.
+pub fn values(t: &Tensor) -> Option<Values<'_>> {
+    if !readable(t) {
+        return None;
+    }
+    let (at, len) = (t.data_ptr().cast_const(), t.numel());
+    // SAFETY: a contiguous tensor on the CPU has `numel` values of its kind at `data_ptr`, and lives as long as the
+    // borrow. One thread owns a model's tensors, so nobody writes meanwhile.
+    unsafe {
+        Some(match t.kind() {
+            Kind::Float => Values::F32(slice(at.cast(), len)),
+            Kind::BFloat16 => Values::Bf16(slice(at.cast::<bf16>(), len)),
+            Kind::Half => Values::F16(slice(at.cast::<f16>(), len)),
+            _ => return None,
+        })
+    }
+}
+
+/// The values of `t` for writing. `&mut` stands for the caller's promise that no other tensor over the same storage is
+/// in use; it is given for tensors that the caller has just made.
+pub fn values_mut(t: &mut Tensor) -> Option<ValuesMut<'_>> {
+    if !readable(t) {
+        return None;
+    }
+    let (at, len) = (t.data_ptr(), t.numel());
+    // SAFETY: as for `values`, and the tensor is the caller's alone.
+    unsafe {
+        Some(match t.kind() {
+            Kind::Float => ValuesMut::F32(slice_mut(at.cast(), len)),
+            Kind::BFloat16 => ValuesMut::Bf16(slice_mut(at.cast::<bf16>(), len)),
+            Kind::Half => ValuesMut::F16(slice_mut(at.cast::<f16>(), len)),
+            _ => return None,
+        })
+    }
+}
+
+/// The float32 values of `t`, where a kernel may read them.
+pub fn floats(t: &Tensor) -> Option<&[f32]> {
+    match values(t)? {
+        Values::F32(x) => Some(x),
+        _ => None,
+    }
+}
+
+fn readable(t: &Tensor) -> bool {
+    t.device() == Device::Cpu && t.is_contiguous() && !t.requires_grad()
+}
+
+/// # Safety
+/// As for `std::slice::from_raw_parts`, but `at` may be null when `len` is 0, as that of an empty tensor is.
+unsafe fn slice<'a, T>(at: *const T, len: usize) -> &'a [T] {
+    // SAFETY: the caller's promise.
+    if len == 0 { &[] } else { unsafe { std::slice::from_raw_parts(at, len) } }
+}
+
+/// # Safety
+/// As for `std::slice::from_raw_parts_mut`, but `at` may be null when `len` is 0.
+unsafe fn slice_mut<'a, T>(at: *mut T, len: usize) -> &'a mut [T] {
+    // SAFETY: the caller's promise.
+    if len == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(at, len) } }
+}
