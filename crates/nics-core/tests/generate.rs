@@ -127,7 +127,7 @@ fn a_cancelled_or_dropped_sequence_frees_its_cache() {
     let tokens = generator.step().unwrap();
     assert_eq!(tokens.iter().map(|t| t.request).collect::<Vec<_>>(), [ids[0], ids[2]]);
     drop(generator);
-    assert_eq!(cache.bytes(), nics_core::seam::Bytes::default());
+    assert_eq!(cache.bytes(), Bytes::default());
 
     // One that is told to stop by its reader, while another goes on.
     let mut generator = Generator::new(&model, &mut cache);

@@ -76,7 +76,9 @@ fn every_logit_is_the_same_to_the_bit_in_company_and_alone() {
         let model = decoder(name);
         // Whatever a job may choose, its choices show the bits.
         let mut jobs = jobs(16, 5);
-        jobs.iter_mut().for_each(|job| job.sampling.logprobs = Some(3));
+        for job in &mut jobs {
+            job.sampling.logprobs = Some(3);
+        }
         let write = |jobs: &[Job], sequences: usize| {
             let mut cache = DenseCache::new();
             let settings = TextSettings { min_prefix: None, max_sequences: sequences, ..settings() };

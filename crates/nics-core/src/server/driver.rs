@@ -15,161 +15,24 @@
 //! - Every job that was taken ends with exactly one [`Update::Finished`] or [`Update::Failed`], whatever happens to the
 //!   thread.
 
+mod message;
 mod run;
+mod updates;
 
 use std::collections::{HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+pub use message::{BoxError, Death, Failure, Phase, Refusal, Stats, Update};
 pub use run::Driver;
+pub use updates::Updates;
 
-use super::engine::{EngineStats, Job, JobId, Written};
-use crate::generate::Finish;
-
-/// Any error, as a thread hands it on.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// What happens to a request's jobs.
-#[derive(Debug)]
-pub enum Update {
-    /// The first token of a job is about to come; once, before any of its tokens.
-    Started {
-        /// Whose start it is.
-        job: JobId,
-        /// Prompt tokens that were not computed, since a kept prefix had them.
-        cached_tokens: usize,
-    },
-    /// A token was written.
-    Token(Written),
-    /// The job has ended by itself; its last update.
-    Finished {
-        /// Whose end it is.
-        job: JobId,
-        /// Why.
-        finish: Finish,
-    },
-    /// The job has failed; its last update.
-    Failed {
-        /// Whose end it is.
-        job: JobId,
-        /// What went wrong.
-        failure: Failure,
-    },
-}
-
-impl Update {
-    /// The job that it is about.
-    pub fn job(&self) -> JobId {
-        match self {
-            Self::Token(written) => written.job,
-            Self::Started { job, .. } | Self::Finished { job, .. } | Self::Failed { job, .. } => *job,
-        }
-    }
-
-    /// Whether no further update of the job follows.
-    pub fn is_last(&self) -> bool {
-        matches!(self, Self::Finished { .. } | Self::Failed { .. })
-    }
-}
-
-/// Why a job failed.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum Failure {
-    /// The engine can never take it: the request is at fault (400).
-    #[error("{0}")]
-    Refused(Arc<str>),
-    /// Its own computation failed; others go on (500).
-    #[error("{0}")]
-    Job(Arc<str>),
-    /// A step failed for all jobs that ran; the next ones are answered (500).
-    #[error("the engine failed: {0}")]
-    Step(Arc<str>),
-    /// The server was stopped before the job's end (503).
-    #[error("the server is shutting down")]
-    Stopped,
-    /// The engine is gone and does not come back (503).
-    #[error("the engine is gone: {0}")]
-    Dead(Arc<str>),
-}
-
-/// Why a request was not queued.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum Refusal {
-    /// The queue is full (429).
-    #[error("the server is busy: {queued} requests are waiting, which is all that may")]
-    Busy {
-        /// Requests that wait.
-        queued: usize,
-        /// When room may be expected, from how long requests take; 1 to 60 seconds.
-        retry_after: Duration,
-    },
-    /// The server drains or was stopped (503).
-    #[error("the server is shutting down")]
-    Stopping,
-    /// The engine is gone and does not come back (503).
-    #[error("the engine is gone: {0}")]
-    Dead(Arc<str>),
-}
-
-/// Where the engine thread stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Phase {
-    /// The model is being loaded; requests are queued.
-    Loading,
-    /// Requests are answered.
-    Ready,
-    /// No new request is taken; those that were taken are being finished.
-    Draining,
-    /// The thread has ended, or ends after the step that it is in.
-    Stopped,
-    /// The thread ended by an error or a panic, for this reason.
-    Dead(Arc<str>),
-}
-
-/// Counts for `/metrics` and `/health`; sums since the start where the name says `total`.
-#[derive(Debug, Clone, Default)]
-pub struct Stats {
-    /// Requests that wait, wholly or in part.
-    pub queued: usize,
-    /// The most that may wait.
-    pub queue_limit: usize,
-    /// Requests of which the engine holds a job.
-    pub running: usize,
-    /// The engine's own counts as of its last step.
-    pub engine: EngineStats,
-    /// Requests that were queued.
-    pub accepted_total: u64,
-    /// Requests refused because the queue was full.
-    pub busy_total: u64,
-    /// Jobs that ended by themselves.
-    pub finished_total: u64,
-    /// Jobs that failed.
-    pub failed_total: u64,
-    /// Jobs that were cancelled, in the queue or later.
-    pub cancelled_total: u64,
-    /// Time inside [`Engine::step`](super::Engine::step).
-    pub step_time_total: Duration,
-}
-
-/// How the engine thread ended, when not well.
-#[derive(Debug, thiserror::Error)]
-pub enum Death {
-    /// What it ran returned this error.
-    #[error("{0}")]
-    Failed(#[source] BoxError),
-    /// It panicked with this message.
-    #[error("the engine thread panicked: {0}")]
-    Panicked(String),
-    /// The operating system gave no thread.
-    #[error("the engine thread could not be started: {0}")]
-    NoThread(#[source] std::io::Error),
-}
+use super::engine::{Job, JobId};
 
 /// A request that waits: the jobs of it that the engine has not taken yet.
 struct Waiting {
@@ -277,7 +140,7 @@ impl Handle {
             self.shared.wake.notify_all();
         }
         drop(state);
-        Ok(Updates { shared: self.shared.clone(), open, channel: receiver })
+        Ok(Updates::new(self.shared.clone(), open, receiver))
     }
 
     /// Counts as of now.
@@ -316,92 +179,6 @@ impl Handle {
 impl std::fmt::Debug for Handle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Handle").field("phase", &self.phase()).finish_non_exhaustive()
-    }
-}
-
-/// The updates of one request. Dropping it cancels the request.
-pub struct Updates {
-    shared: Arc<Shared>,
-    /// Jobs that have not ended.
-    open: Vec<JobId>,
-    channel: mpsc::UnboundedReceiver<Update>,
-}
-
-impl Updates {
-    /// Jobs of which the last update has not been read.
-    pub fn open(&self) -> &[JobId] {
-        &self.open
-    }
-
-    /// The next update; `None` once every job has ended or was cancelled. Cancel safe.
-    pub async fn recv(&mut self) -> Option<Update> {
-        std::future::poll_fn(|cx| self.poll_recv(cx)).await
-    }
-
-    /// [`recv`](Self::recv) for code outside a runtime.
-    pub fn blocking_recv(&mut self) -> Option<Update> {
-        while !self.open.is_empty() {
-            let update = self.channel.blocking_recv();
-            if let Some(update) = self.take(update) {
-                return Some(update);
-            }
-        }
-        None
-    }
-
-    /// [`recv`](Self::recv) for streams.
-    pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<Update>> {
-        while !self.open.is_empty() {
-            match self.channel.poll_recv(cx) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(update) => {
-                    if let Some(update) = self.take(update) {
-                        return Poll::Ready(Some(update));
-                    }
-                }
-            }
-        }
-        Poll::Ready(None)
-    }
-
-    /// Ends one job, e.g. because its text reached a stop string; no update of it follows. Others go on.
-    pub fn cancel(&mut self, job: JobId) {
-        if let Some(i) = self.open.iter().position(|&open| open == job) {
-            self.open.remove(i);
-            cancel(&self.shared, &[job]);
-        }
-    }
-
-    /// What the channel gave: passed over when it is about a cancelled job.
-    fn take(&mut self, update: Option<Update>) -> Option<Update> {
-        let Some(update) = update else {
-            // The other side is gone without a word about this job.
-            let job = self.open.pop()?;
-            let why = match &*self.shared.phase.borrow() {
-                Phase::Dead(why) => Failure::Dead(why.clone()),
-                _ => Failure::Stopped,
-            };
-            return Some(Update::Failed { job, failure: why });
-        };
-        let i = self.open.iter().position(|&open| open == update.job())?;
-        if update.is_last() {
-            self.open.remove(i);
-        }
-        Some(update)
-    }
-}
-
-impl Drop for Updates {
-    fn drop(&mut self) {
-        if !self.open.is_empty() {
-            cancel(&self.shared, &self.open);
-        }
-    }
-}
-
-impl std::fmt::Debug for Updates {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Updates").field("open", &self.open).finish_non_exhaustive()
     }
 }
 

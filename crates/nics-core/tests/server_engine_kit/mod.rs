@@ -170,11 +170,9 @@ impl Model for Watched {
         if batch.rows.len() >= self.broken.load(Ordering::SeqCst) {
             return Err(Error::input("broken on demand"));
         }
-        if let Input::Ids(ids) = batch.input {
-            if let Some(poison) = self.poison {
-                let rows = ids.eq(poison).unsqueeze(1);
-                output.hidden = output.hidden.masked_fill(&rows, f64::NAN);
-            }
+        if let (Input::Ids(ids), Some(poison)) = (batch.input, self.poison) {
+            let rows = ids.eq(poison).unsqueeze(1);
+            output.hidden = output.hidden.masked_fill(&rows, f64::NAN);
         }
         Ok(output)
     }
