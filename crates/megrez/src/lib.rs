@@ -9,6 +9,7 @@
 //! | [`prompts`] | the texts around a search, replaceable |
 //! | `agent` (feature `agent`) | a model that searches the web and cites what it finds |
 //! | `serve` (feature `serve`) | Megrez behind OpenAI's API |
+//! | `bench` (feature `bench`) | how fast a model or a server is |
 //! | [`chat`] | a conversation that stays within the context |
 //! | [`eval`] | multiple choice and arithmetic, resumable and shard-native |
 //! | [`train`] | training from scratch and fine-tuning, exactly resumable |
@@ -36,6 +37,8 @@
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "bench")]
+pub mod bench;
 pub mod chat;
 pub mod eval;
 pub mod labels;
@@ -44,6 +47,8 @@ pub mod prompt;
 pub mod prompts;
 #[cfg(feature = "serve")]
 pub mod serve;
+#[cfg(any(feature = "agent", feature = "bench"))]
+pub mod sse;
 pub mod tools;
 pub mod train;
 pub mod vocabulary;

@@ -35,6 +35,9 @@ enum Command {
     /// Talk with a model that searches the web, or a folder of documents, and cites what it finds
     #[cfg(feature = "agent")]
     Agent(commands::agent::Agent),
+    /// Measure how fast a model, real shapes with random weights, or a server is
+    #[cfg(feature = "bench")]
+    Bench(commands::bench::Bench),
     /// Say what a checkpoint holds
     Inspect(commands::inspect::Inspect),
 }
@@ -52,6 +55,8 @@ fn main() -> ExitCode {
         Command::Serve(command) => command.run(),
         #[cfg(feature = "agent")]
         Command::Agent(command) => command.run(),
+        #[cfg(feature = "bench")]
+        Command::Bench(command) => command.run(cli.log.quiet),
         Command::Inspect(command) => command.run(),
     })
 }

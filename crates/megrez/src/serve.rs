@@ -25,7 +25,12 @@ impl MegrezFrontend {
     ///
     /// # Errors
     /// What is wrong with the checkpoint, or a `context` beyond the model's own.
-    pub fn open(checkpoint: &Checkpoint, id: &str, context: Option<usize>, prompts: &Prompts) -> Result<Self> {
+    pub fn open(
+        checkpoint: &Checkpoint,
+        id: &str,
+        context: Option<usize>,
+        prompts: &Prompts,
+    ) -> Result<Self> {
         let config = decoder_config(checkpoint)?;
         let prompter = Prompter::from_checkpoint(checkpoint)?;
         let Replies { eos, sampling, max_new_tokens } = Replies::read(checkpoint, &prompter)?;

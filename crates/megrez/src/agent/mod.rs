@@ -31,5 +31,5 @@ pub use search::{
     Hit, HttpSearch, HttpSettings, LocalIndex, Method, PageError, PageLimits, SearchError, SearchProvider,
     visible_text,
 };
-pub use talker::{Ask, Counting, Events, LocalTalker, RemoteTalker, TalkError, Talker};
+pub use talker::{Ask, Counting, LocalTalker, RemoteTalker, TalkError, Talker};
 pub use turn::{AgentError, Answer, Event, SEARCH_TOOL, Settings, Source, WebSearchAgent};

@@ -160,10 +160,7 @@ impl Agent {
             let talker = RemoteTalker::connect(url, self.served_name.as_deref(), key, counting, timeout)?;
             return Ok(Box::new(talker));
         }
-        let args = ModelArgs {
-            model: self.model.clone().unwrap_or_default(),
-            run_on: self.run_on.clone(),
-        };
+        let args = ModelArgs { model: self.model.clone().unwrap_or_default(), run_on: self.run_on.clone() };
         if !self.plugins.hook.is_empty() {
             return Err(Usage("--hook does not go with the agent".into()).into());
         }

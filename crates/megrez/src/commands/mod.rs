@@ -2,11 +2,13 @@
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "bench")]
+pub mod bench;
 pub mod chat;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
-#[cfg(any(feature = "serve", feature = "agent"))]
+#[cfg(any(feature = "serve", feature = "agent", feature = "bench"))]
 mod key;
 mod lines;
 #[cfg(feature = "serve")]
@@ -19,9 +21,39 @@ use megrez::Megrez;
 use nics_core::checkpoint::Checkpoint;
 use nics_core::cli::{ModelArgs, PluginArgs, PluginSpec};
 use nics_core::device::{device_name, dtype_name};
-use nics_core::models::{self, Model};
+use nics_core::models::{self, Decoder, Model};
 use nics_core::plugin::Plugins;
 use nics_core::seam::{KvCache, LayerHook};
+
+/// What the plug-in flags ask for beside the weights.
+pub struct Plugged {
+    pub cache: Box<dyn KvCache>,
+    pub hook: Option<Box<dyn LayerHook>>,
+    /// The plug-ins in force, e.g. `weights=shuffle:0`; empty without.
+    pub variant: String,
+}
+
+impl Plugged {
+    /// Plugs what the flags ask for into a model.
+    pub fn into(decoder: &mut Decoder, plugins: &PluginArgs) -> Result<Self> {
+        let known = Plugins::default();
+        if let Some(PluginSpec { name, spec }) = &plugins.weights {
+            known.weights(name, spec, decoder)?;
+        }
+        let kv = plugins.kv.as_ref().map(|p| (p.name.as_str(), p.spec.as_str()));
+        let cache = known.cache(kv, decoder.dims())?;
+        let hook = match plugins.hook.as_slice() {
+            [] => None,
+            [one] => Some(known.hook(&one.name, &one.spec, decoder.dims())?),
+            more => anyhow::bail!("{} layer hooks are given; at most one can act on a model", more.len()),
+        };
+        let asked = plugins.weights.iter().map(|p| format!("weights={p}"));
+        let asked = asked.chain(plugins.kv.iter().map(|p| format!("kv={p}")));
+        let variant =
+            asked.chain(plugins.hook.iter().map(|p| format!("hook={p}"))).collect::<Vec<_>>().join(" ");
+        Ok(Self { cache, hook, variant })
+    }
+}
 
 /// A loaded model with what the plug-in flags asked for.
 pub struct Loaded {
@@ -41,21 +73,7 @@ impl Loaded {
         let device = args.run_on.device.open()?;
         let stored = models::stored_kind(&checkpoint);
         let mut megrez = Megrez::load(&checkpoint, device, args.run_on.dtype.resolve(stored))?;
-        let known = Plugins::default();
-        if let Some(PluginSpec { name, spec }) = &plugins.weights {
-            known.weights(name, spec, &mut megrez.decoder)?;
-        }
-        let kv = plugins.kv.as_ref().map(|p| (p.name.as_str(), p.spec.as_str()));
-        let cache = known.cache(kv, megrez.decoder.dims())?;
-        let hook = match plugins.hook.as_slice() {
-            [] => None,
-            [one] => Some(known.hook(&one.name, &one.spec, megrez.decoder.dims())?),
-            more => anyhow::bail!("{} layer hooks are given; at most one can act on a model", more.len()),
-        };
-        let asked = plugins.weights.iter().map(|p| format!("weights={p}"));
-        let asked = asked.chain(plugins.kv.iter().map(|p| format!("kv={p}")));
-        let variant =
-            asked.chain(plugins.hook.iter().map(|p| format!("hook={p}"))).collect::<Vec<_>>().join(" ");
+        let Plugged { cache, hook, variant } = Plugged::into(&mut megrez.decoder, plugins)?;
         Ok(Self { megrez, checkpoint, cache, hook, variant })
     }
 

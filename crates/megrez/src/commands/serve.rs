@@ -1,11 +1,12 @@
 //! `megrez serve`.
 
+use std::convert::Infallible;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 use megrez::prompts::Prompts;
 use megrez::serve::MegrezFrontend;
@@ -15,7 +16,7 @@ use nics_core::cli::{ModelArgs, PluginArgs};
 use nics_core::models::{Model, ModelDims};
 use nics_core::seam::KvCache;
 use nics_core::server::{
-    ApiKeys, Death, Driver, Handle, Phase, Server, ServerConfig, TextEngine, TextSettings, spawn,
+    ApiKeys, Driver, Handle, Phase, Server, ServerConfig, TextEngine, TextSettings, spawn,
 };
 use tch::Device;
 use tokio::signal::unix::{SignalKind, signal};
@@ -98,9 +99,15 @@ impl Serve {
         // The thread waits for the port: there is no use in loading a model for a server that cannot listen.
         let (go, wait) = mpsc::channel::<()>();
         let queue = self.max_queue;
-        let (handle, thread) = spawn(queue, move |driver| match wait.recv() {
-            Ok(()) => self.engine(driver),
-            Err(_) => Ok(()),
+        let (failed, failure) = mpsc::channel::<anyhow::Error>();
+        let (handle, thread) = spawn(queue, move |driver| -> Result<(), Infallible> {
+            // What keeps the engine from starting ends the server like a stop, and is told once, at its end.
+            if let Ok(()) = wait.recv()
+                && let Err(e) = self.engine(driver)
+            {
+                let _ = failed.send(e);
+            }
+            Ok(())
         })?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -111,13 +118,10 @@ impl Serve {
         let served = runtime.block_on(serve(config, frontend, handle, go));
         // Encodings of requests whose clients have gone must not hold up the end.
         runtime.shutdown_background();
-        // Which of the two ended first decides what is worth saying.
         let ended = thread.join();
         served?;
-        ended.map_err(|death| match death {
-            Death::Failed(e) => anyhow!(e),
-            other => other.into(),
-        })
+        ended?;
+        failure.try_recv().map_or(Ok(()), Err)
     }
 
     /// Loads the model and answers requests; runs on the engine's thread.

@@ -10,7 +10,8 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let wrong = || format!("{s:?} is no amount of memory: expected e.g. 4GiB, 512MiB, 2GB or a number of bytes");
+        let wrong =
+            || format!("{s:?} is no amount of memory: expected e.g. 4GiB, 512MiB, 2GB or a number of bytes");
         let digits = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
         let number: f64 = s[..digits].parse().map_err(|_| wrong())?;
         let unit: u64 = match s[digits..].trim().to_ascii_lowercase().as_str() {

@@ -17,7 +17,8 @@ fn files() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("docs")).unwrap();
     std::fs::write(dir.path().join("docs/oslo.txt"), "It will rain in Oslo tomorrow.").unwrap();
-    let prompts = "role = \"A\"\ndate = \"B\"\nfunctions = \"C\"\nsearch_description = \"D\"\nsearch_query = \"E\"\n";
+    let prompts =
+        "role = \"A\"\ndate = \"B\"\nfunctions = \"C\"\nsearch_description = \"D\"\nsearch_query = \"E\"\n";
     std::fs::write(dir.path().join("prompts.toml"), prompts).unwrap();
     dir
 }
@@ -28,7 +29,16 @@ fn the_nano_checkpoint_answers_over_a_local_index() {
     let (docs, prompts) = (dir.path().join("docs"), dir.path().join("prompts.toml"));
     let question = "Tom has 3 apples and buys 4 more. How many apples does he have?";
     let args = args![
-        "agent", "--model", nano(), "--index", docs, "--prompts", prompts, "--question", question, "--json"
+        "agent",
+        "--model",
+        nano(),
+        "--index",
+        docs,
+        "--prompts",
+        prompts,
+        "--question",
+        question,
+        "--json"
     ];
     let events = lines(&run(args.clone()).ok());
     let answer = events.last().unwrap();
@@ -37,7 +47,11 @@ fn the_nano_checkpoint_answers_over_a_local_index() {
         events.iter().filter(|e| e["event"] == "text").map(|e| e["text"].as_str().unwrap()).collect();
     assert_eq!(answer["text"], text.as_str());
     assert!(!text.is_empty());
-    assert_eq!(run(args).ok().lines().last(), Some(answer.to_string().as_str()), "the same seed, the same answer");
+    assert_eq!(
+        run(args).ok().lines().last(),
+        Some(answer.to_string().as_str()),
+        "the same seed, the same answer"
+    );
 }
 
 /// A server whose model calls the search and then cites what it is shown.
@@ -94,11 +108,23 @@ fn what_is_wrong_is_said_once() {
         (args!["agent", "--model", model, "--question", " "].to_vec(), 2, "--question is empty"),
         (args!["agent", "--model", model, "--index", docs, "--search", "serper"].to_vec(), 2, "--search"),
         (args!["agent", "--model", model, "--index", none, "--question", "x"].to_vec(), 1, "none"),
-        (args!["agent", "--model", model, "--search", "altavista", "--question", "x"].to_vec(), 1, "serper, brave"),
-        (args!["agent", "--model", model, "--search", "serper", "--question", "x"].to_vec(), 1, "SERPER_API_KEY"),
+        (
+            args!["agent", "--model", model, "--search", "altavista", "--question", "x"].to_vec(),
+            1,
+            "serper, brave",
+        ),
+        (
+            args!["agent", "--model", model, "--search", "serper", "--question", "x"].to_vec(),
+            1,
+            "SERPER_API_KEY",
+        ),
         (args!["agent", "--model", model, "--prompts", none, "--question", "x"].to_vec(), 1, "none"),
         (args!["agent", "--url", "http://127.0.0.1:1", "--question", "x"].to_vec(), 1, "127.0.0.1:1"),
-        (args!["agent", "--model", model, "--kv", "magic", "--question", "x"].to_vec(), 1, "this binary knows"),
+        (
+            args!["agent", "--model", model, "--kv", "magic", "--question", "x"].to_vec(),
+            1,
+            "this binary knows",
+        ),
     ] {
         let mut command = megrez(&args);
         command.env_remove("SERPER_API_KEY");

@@ -52,8 +52,7 @@ fn pages_of_all_kinds_side_by_side() {
         _ => Reply::html("<script>only()</script>"),
     });
     let paths = ["/good", "/plain", "/here", "/loop", "/pdf", "/500", "/slow", "/huge", "/empty"];
-    let (web, search) =
-        service(paths.iter().map(|p| pages.url(p)).collect(), limits(Duration::from_secs(5)));
+    let (web, search) = service(paths.iter().map(|p| pages.url(p)).collect(), limits(Duration::from_secs(5)));
     let start = Instant::now();
     let hits = search.search("天气 & more", 9).unwrap();
     assert!(start.elapsed() < PATIENCE, "a slow page does not hold the others up");
@@ -108,7 +107,8 @@ fn this_machine_and_its_network_are_not_asked() {
 #[test]
 fn redirects_lead_nowhere_else_either() {
     let inside = Web::new(|_| Reply::html("<p>secret</p>"));
-    let targets = [inside.url("/"), format!("http://localhost:{}/", inside.port), "file:///etc/passwd".into()];
+    let targets =
+        [inside.url("/"), format!("http://localhost:{}/", inside.port), "file:///etc/passwd".into()];
     let to = targets.clone();
     let open = Web::new(move |asked| {
         let i: Option<usize> = asked.path[1..].parse().ok();
@@ -188,7 +188,10 @@ fn a_folder_of_documents_is_searched_alike_each_time() {
     write("weather.txt", "Tomorrow it will rain in Oslo.");
     write("deep/down/故宫.md", "# 故宫简介\n\n故宫位于北京市中心，建成于1420年。");
     write("page.html", "<title>Cats</title><p>Cats sleep most of the day.</p><script>dogs</script>");
-    write("many.jsonl", "{\"text\": \"The Eiffel Tower has 330 metres.\", \"url\": \"https://x.example/e\"}\n\n{\"title\": \"Bridges\", \"text\": \"The bridge is red.\"}\n");
+    write(
+        "many.jsonl",
+        "{\"text\": \"The Eiffel Tower has 330 metres.\", \"url\": \"https://x.example/e\"}\n\n{\"title\": \"Bridges\", \"text\": \"The bridge is red.\"}\n",
+    );
     write("picture.png", "rain rain rain");
     let index = LocalIndex::open(dir.path()).unwrap();
     assert_eq!(index.len(), 5);

@@ -13,8 +13,7 @@ use serde_json::{Value, json};
 
 use crate::web::{Reply, Web};
 
-const CALL: &str =
-    "<|function_start|>{\"name\": \"googleWebSearch\", \"arguments\": {\"query\": \"Oslo rain\"}}<|function_end|>";
+const CALL: &str = "<|function_start|>{\"name\": \"googleWebSearch\", \"arguments\": {\"query\": \"Oslo rain\"}}<|function_end|>";
 
 /// Writes these replies in turn and remembers what it was asked. Tokens are characters.
 #[derive(Clone)]
@@ -63,7 +62,8 @@ impl Talker for Scripted {
 
 fn folder() -> (tempfile::TempDir, Option<Box<dyn SearchProvider>>) {
     let dir = tempfile::tempdir().unwrap();
-    for (name, text) in [("a.txt", "Rain in Oslo tomorrow."), ("b.txt", "Oslo has 700,000 people and rain.")] {
+    for (name, text) in [("a.txt", "Rain in Oslo tomorrow."), ("b.txt", "Oslo has 700,000 people and rain.")]
+    {
         std::fs::write(dir.path().join(name), text).unwrap();
     }
     let index: Box<dyn SearchProvider> = Box::new(LocalIndex::open(dir.path()).unwrap());
@@ -134,11 +134,16 @@ fn a_question_is_looked_up_summarised_and_answered_with_sources() {
     assert_eq!((asked[0].temperature, asked[0].max_tokens), (0.01, 512));
     // Then a summary for each page, in a conversation of its own.
     assert_eq!(texts(1)[0].0, "system");
-    assert!(texts(1)[1].1.contains("Rain in Oslo tomorrow.") && texts(1)[1].1.contains("Does it rain in Oslo?"));
+    assert!(
+        texts(1)[1].1.contains("Rain in Oslo tomorrow.") && texts(1)[1].1.contains("Does it rain in Oslo?")
+    );
     assert!(asked[1].tools.is_empty() && asked[1].max_tokens == 512);
     // Then the answer, from the summaries alone.
     let last = texts(3);
-    assert_eq!(last.iter().map(|m| m.0.as_str()).collect::<Vec<_>>(), ["system", "user", "assistant", "tool"]);
+    assert_eq!(
+        last.iter().map(|m| m.0.as_str()).collect::<Vec<_>>(),
+        ["system", "user", "assistant", "tool"]
+    );
     assert_eq!(last[2].1, "Let me see. ");
     assert_eq!(asked[3].messages[2].extra["tool_calls"][0]["function"]["name"], "googleWebSearch");
     let observation = &last[3].1;
@@ -202,7 +207,10 @@ fn when_no_page_comes_in_time_the_model_is_told() {
     assert_eq!((answer.text.as_str(), answer.replies), ("I found nothing.", 2));
     assert_eq!(talker.asked().len(), 2, "there is nothing to summarise");
     let observation = talker.asked()[1].messages[3].text().unwrap().to_owned();
-    assert!(observation.contains("Oslo rain") && observation.contains("no answer within 1 s"), "{observation}");
+    assert!(
+        observation.contains("Oslo rain") && observation.contains("no answer within 1 s"),
+        "{observation}"
+    );
     let failed = events.iter().filter(|e| matches!(e, Event::Result { error: Some(_), .. })).count();
     assert_eq!(failed, 3);
     assert!(events.iter().any(|e| matches!(e, Event::Failed { .. })));
@@ -210,7 +218,13 @@ fn when_no_page_comes_in_time_the_model_is_told() {
 
 #[test]
 fn a_small_context_shortens_what_the_model_sees() {
-    let mut talker = Scripted::new(&["First.", CALL, "A long summary of this page.", "Another one, longer still.", "Done."]);
+    let mut talker = Scripted::new(&[
+        "First.",
+        CALL,
+        "A long summary of this page.",
+        "Another one, longer still.",
+        "Done.",
+    ]);
     talker.context = Some(900);
     let (_dir, provider) = folder();
     let mut agent = agent(&talker, provider);
@@ -324,12 +338,7 @@ fn a_server_that_fails_says_how() {
         let e = stream(&mut connect(&web, None).unwrap()).unwrap_err().to_string();
         assert!(e.contains(why), "{e}");
     }
-    let closed = RemoteTalker::connect(
-        "http://127.0.0.1:1",
-        None,
-        None,
-        Counting::Estimate,
-        Duration::from_secs(1),
-    );
+    let closed =
+        RemoteTalker::connect("http://127.0.0.1:1", None, None, Counting::Estimate, Duration::from_secs(1));
     assert!(matches!(closed, Err(TalkError::Unreachable { .. })));
 }

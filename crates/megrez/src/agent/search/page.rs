@@ -32,7 +32,13 @@ pub struct PageLimits {
 impl Default for PageLimits {
     /// 10 seconds, 4 MiB, 5 redirects, public addresses alone.
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(10), bytes: 4 << 20, redirects: 5, allow_private: false, allow_hosts: Vec::new() }
+        Self {
+            timeout: Duration::from_secs(10),
+            bytes: 4 << 20,
+            redirects: 5,
+            allow_private: false,
+            allow_hosts: Vec::new(),
+        }
     }
 }
 

@@ -2,14 +2,12 @@
 
 mod local;
 mod remote;
-mod sse;
 
 use nics_core::template::Message;
 use serde_json::Value;
 
 pub use local::LocalTalker;
 pub use remote::{Counting, RemoteTalker};
-pub use sse::Events;
 
 /// A reply that is asked for.
 #[derive(Debug, Clone, PartialEq)]

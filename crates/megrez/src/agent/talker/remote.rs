@@ -9,9 +9,9 @@ use ureq::Agent;
 use ureq::http::Response;
 
 use super::local::{count, shorten};
-use super::sse::Events;
 use super::{Ask, TalkError, Talker};
 use crate::prompt::Prompter;
+use crate::sse::Events;
 use crate::tools::{FUNCTION_END, FUNCTION_START, one_line};
 
 /// How the tokens of a text are counted.
