@@ -251,6 +251,32 @@ pub fn set_threads(threads: Option<usize>) -> Result<usize> {
     Ok(n)
 }
 
+/// Keeps libtorch's operations of this thread on one thread until it is dropped.
+///
+/// For the operations between our own kernels: they are too small to share, and libtorch's threads, which spin for a
+/// while after each, would take the cores from the kernels' own.
+#[derive(Debug)]
+pub struct OneThread(i32);
+
+impl OneThread {
+    /// From now on, when `when` is true; nothing changes otherwise.
+    pub fn when(when: bool) -> Self {
+        let before = if when { tch::get_num_threads() } else { 1 };
+        if before > 1 {
+            tch::set_num_threads(1);
+        }
+        Self(before)
+    }
+}
+
+impl Drop for OneThread {
+    fn drop(&mut self) {
+        if self.0 > 1 {
+            tch::set_num_threads(self.0);
+        }
+    }
+}
+
 /// How many threads the allocation of this process allows; see [`set_threads`].
 pub fn threads_allowed() -> usize {
     let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

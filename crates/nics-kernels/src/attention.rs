@@ -9,6 +9,7 @@ use std::cell::RefCell;
 
 use crate::each_kind;
 use crate::element::{Element, Values, ValuesMut};
+use crate::exp::exp;
 use crate::isa::Isa;
 use crate::lanes::{Lanes, Plain, Weight};
 use crate::pool::Pool;
@@ -235,6 +236,10 @@ fn piece<L: Lanes, T: Weight>(
             for (i, at) in at.iter_mut().enumerate() {
                 *at = k.as_ptr().add((j + i).min(rows - 1) * dim);
             }
+            // The values are wanted once the scores are there.
+            for line in 0..(KEYS * dim * size_of::<T>()).div_ceil(64) {
+                L::prefetch(v.as_ptr().wrapping_add(j * dim).cast::<u8>().wrapping_add(line * 64));
+            }
             for g in 0..group {
                 let query = arranged.as_ptr().add(g * dim);
                 let mut acc = [L::zero(); KEYS];
@@ -274,26 +279,56 @@ fn weigh<L: Lanes, T: Weight, const G: usize>(
     sums: &mut [f32],
 ) {
     let step = 2 * L::N;
+    let mut c = 0;
+    while c < dim {
+        // Two steps at once where there are two: each row of values is then read in one piece.
+        if dim - c >= 2 * step {
+            weigh_steps::<L, T, G, 2>(v, rows, dim, c, scores, stride, g, sums);
+            c += 2 * step;
+        } else {
+            weigh_steps::<L, T, G, 1>(v, rows, dim, c, scores, stride, g, sums);
+            c += step;
+        }
+    }
+}
+
+/// [`weigh`] for the channels of `S` steps from `c` on.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+fn weigh_steps<L: Lanes, T: Weight, const G: usize, const S: usize>(
+    v: &[T],
+    rows: usize,
+    dim: usize,
+    c: usize,
+    scores: &[f32],
+    stride: usize,
+    g: usize,
+    sums: &mut [f32],
+) {
+    let step = 2 * L::N;
     assert!(v.len() == rows * dim && scores.len() >= (g + G) * stride && stride >= rows);
-    assert!(sums.len() >= (g + G) * dim && dim.is_multiple_of(step));
+    assert!(sums.len() >= (g + G) * dim && c + S * step <= dim);
     // SAFETY: the caller runs with the instructions of `L`; reads and writes are inside by the assertions.
     unsafe {
-        for c in (0..dim).step_by(step) {
-            let mut acc = [[L::zero(); 2]; G];
-            for row in 0..rows {
-                let at = v.as_ptr().add(row * dim + c);
-                let halves = [T::half::<L>(at, false), T::half::<L>(at, true)];
+        let mut acc = [[[L::zero(); 2]; S]; G];
+        for row in 0..rows {
+            let at = v.as_ptr().add(row * dim + c);
+            for s in 0..S {
+                let first = T::half::<L>(at.add(s * step), false);
+                let second = T::half::<L>(at.add(s * step), true);
                 for i in 0..G {
                     let e = L::splat(*scores.get_unchecked((g + i) * stride + row));
-                    acc[i][0] = L::fma(e, halves[0], acc[i][0]);
-                    acc[i][1] = L::fma(e, halves[1], acc[i][1]);
+                    acc[i][s][0] = L::fma(e, first, acc[i][s][0]);
+                    acc[i][s][1] = L::fma(e, second, acc[i][s][1]);
                 }
             }
-            for i in 0..G {
-                let to = &mut sums[(g + i) * dim + c..][..step];
+        }
+        for i in 0..G {
+            for s in 0..S {
+                let to = &mut sums[(g + i) * dim + c + s * step..][..step];
                 let mut both = [0f32; 32];
-                L::store(acc[i][0], both.as_mut_ptr());
-                L::store(acc[i][1], both.as_mut_ptr().add(L::N));
+                L::store(acc[i][s][0], both.as_mut_ptr());
+                L::store(acc[i][s][1], both.as_mut_ptr().add(L::N));
                 if T::PAIRED {
                     for n in 0..L::N {
                         to[2 * n] = both[n];
@@ -333,26 +368,6 @@ fn exponentials(scores: &mut [f32], stride: usize, rows: usize, part: &mut [f32]
     }
 }
 
-/// `eˣ` for x up to 0 within two units of the last place; 0 below -87. Free of branches, so that loops over it become
-/// vector code. NaN stays NaN.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
-    let clamped = if x < -87.0 { -87.0 } else { x };
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    // ln 2 in two parts, so that the remainder is exact.
-    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5e-1;
-    let power = f32::from_bits((((n as i32) + 127) << 23) as u32);
-    let e = (p * r * r + r + 1.0) * power;
-    if x < -87.0 { 0.0 } else { e }
-}
-
 /// The same for heads of any width, in plain Rust.
 fn piece_of_any_width<T: Element>(
     q: &[f32],
@@ -374,21 +389,5 @@ fn piece_of_any_width<T: Element>(
         for (e, v) in e.iter().zip(v.chunks_exact(dim)) {
             sums.iter_mut().zip(v).for_each(|(sum, v)| *sum += e * v.to_f32());
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::exp;
-
-    #[test]
-    fn the_exponential_is_close_down_to_zero() {
-        for i in 0..200_000 {
-            let x = -f64::from(i) * 5e-4;
-            let (got, expected) = (f64::from(exp(x as f32)), f64::from(x as f32).exp());
-            assert!((got - expected).abs() <= 3e-7 * expected + 2e-38, "{x}: {got}, expected {expected}");
-        }
-        assert!(exp(f32::NAN).is_nan());
-        assert_eq!((exp(0.0), exp(f32::NEG_INFINITY)), (1.0, 0.0));
     }
 }

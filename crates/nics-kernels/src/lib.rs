@@ -9,7 +9,7 @@
 //! | [`isa`] | which instructions the processor has |
 //! | [`gemv`] | matrix times a few vectors, f32, bf16 and f16 |
 //! | [`attention`] | attention of one new row over dense keys and values, each read once for its group of query heads |
-//! | [`norm`], [`rotary`] | root-mean-square norm, rotary embedding |
+//! | [`norm`], [`rotary`], [`gate`] | root-mean-square norm, rotary embedding, the gate of an MLP |
 //! | [`memory`] | huge pages, and the read bandwidth that is the limit |
 //!
 //! Every kernel has a scalar version and is held against it by tests over random shapes. A row's result does not depend
@@ -20,6 +20,8 @@
 
 pub mod attention;
 pub mod element;
+mod exp;
+pub mod gate;
 pub mod gemv;
 pub mod isa;
 mod lanes;

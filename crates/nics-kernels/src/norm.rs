@@ -1,7 +1,6 @@
 //! Root-mean-square normalisation (Zhang & Sennrich, 2019).
 
-use crate::each_kind;
-use crate::element::{Element, Kind, Values, ValuesMut};
+use crate::element::{Element, Values, ValuesMut};
 
 /// `y = x / rms(x) * weight` for each row of `x` (`[rows, weight.len()]`), in one pass over the row.
 ///
@@ -43,23 +42,5 @@ fn rows<T: Element>(x: &[T], weight: &[T], eps: f32, y: &mut [T]) {
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
             *y = T::from_f32(T::from_f32(x.to_f32() * scale).to_f32() * w.to_f32());
         }
-    }
-}
-
-/// Copies values into another format.
-///
-/// # Panics
-/// When the lengths differ.
-pub fn narrow(from: &[f32], to: ValuesMut) {
-    assert_eq!(from.len(), to.len(), "lengths differ");
-    each_kind!(to, ValuesMut, to => to.iter_mut().zip(from).for_each(|(to, from)| *to = Element::from_f32(*from)));
-}
-
-/// The unit in the last place of a format, relative to the value.
-pub fn epsilon(kind: Kind) -> f32 {
-    match kind {
-        Kind::F32 => f32::EPSILON,
-        Kind::Bf16 => 1.0 / 128.0,
-        Kind::F16 => 1.0 / 1024.0,
     }
 }

@@ -1,8 +1,9 @@
-//! Attention, norm and rotary embedding against references in f64, over random shapes, formats and instruction sets.
+//! Attention, norm, gate and rotary embedding against references in f64, over random shapes, formats and instruction sets.
 
 mod support;
 
 use nics_kernels::attention::{Heads, Kept, PIECE, attend_with};
+use nics_kernels::gate::silu_mul;
 use nics_kernels::norm::rms_norm;
 use nics_kernels::rotary::rotate;
 use nics_kernels::{Isa, Kind, Pool, Values, ValuesMut};
@@ -97,6 +98,22 @@ proptest! {
                 let tolerance = (2.5 * epsilon(kind) + 1e-6) * expected.abs() + 1e-6;
                 prop_assert!((f64::from(y[i]) - expected).abs() <= tolerance);
             }
+        }
+    }
+
+    #[test]
+    fn gates_equal_the_reference(n in 1usize..20_000, kind in 0usize..3, seed in any::<u64>(), threads in 1usize..3) {
+        let kind = KINDS[kind];
+        let spread: Vec<f32> = random(n, seed).into_iter().map(|x| x * 30.0).collect();
+        let (gate, up) = (Owned::new(kind, &spread), Owned::new(kind, &random(n, seed ^ 1)));
+        let mut y = Owned::new(kind, &vec![f32::NAN; n]);
+        silu_mul(&Pool::new(threads).unwrap(), gate.values(), up.values(), y.values_mut());
+        let smallest = if kind == Kind::F16 { 6e-8 } else { 1e-30 };
+        for ((y, g), u) in y.widened().iter().zip(gate.widened()).zip(up.widened()) {
+            let (g, u) = (f64::from(g), f64::from(u));
+            let expected = g / (1.0 + (-g).exp()) * u;
+            let tolerance = (2.0 * epsilon(kind) + 1e-6) * expected.abs() + smallest;
+            prop_assert!((f64::from(*y) - expected).abs() <= tolerance, "{g} {u}: {y}, expected {expected}");
         }
     }
 

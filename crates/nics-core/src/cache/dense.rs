@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::decode::{self, Stored};
 use super::{attend_one, check_qkv, probabilities};
@@ -65,6 +65,17 @@ fn unknown(s: SeqId) -> Error {
     Error::Input(format!("sequence {} is not open in this cache", s.0))
 }
 
+/// Storage of a layer, in huge pages where it is large and on the CPU: it is read in every step.
+fn room(shape: [i64; 3], like: &Tensor) -> Result<Tensor> {
+    const LARGE: usize = 256 << 10;
+    let own = like.f_new_empty(shape, (like.kind(), like.device()))?;
+    let bytes = own.numel() * own.kind().elt_size_in_bytes();
+    if own.device() == Device::Cpu && bytes >= LARGE {
+        nics_kernels::memory::prefer_huge_pages(own.data_ptr().cast_const().cast(), bytes);
+    }
+    Ok(own)
+}
+
 fn copied(t: &Tensor) -> Result<Tensor> {
     let mut own = t.f_new_empty(t.size(), (t.kind(), t.device()))?;
     own.f_copy_(t)?;
@@ -77,7 +88,7 @@ impl Layer {
         let capacity = (rows + GROWTH).next_multiple_of(GROWTH).min(max_tokens) as i64;
         let copied = |t: &Tensor| -> Result<Tensor> {
             let (heads, _, d) = t.size3()?;
-            let own = t.f_new_empty([heads, capacity, d], (t.kind(), t.device()))?;
+            let own = room([heads, capacity, d], t)?;
             own.f_narrow(1, 0, rows as i64)?.f_copy_(&t.f_narrow(1, 0, rows as i64)?)?;
             Ok(own)
         };
@@ -124,7 +135,7 @@ impl Layer {
                 need.max(capacity + (capacity / 4).max(GROWTH)).next_multiple_of(GROWTH).min(max_tokens);
             let grow = |new: &Tensor, old: Option<&Tensor>| -> Result<Tensor> {
                 let (_, heads, d) = new.size3()?;
-                let grown = new.f_new_empty([heads, capacity as i64, d], (new.kind(), new.device()))?;
+                let grown = room([heads, capacity as i64, d], new)?;
                 if let Some(old) = old {
                     let kept = kept as i64;
                     grown.f_narrow(1, 0, kept)?.f_copy_(&old.f_narrow(1, 0, kept)?)?;

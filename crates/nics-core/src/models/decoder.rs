@@ -6,12 +6,17 @@
 //! unrotated queries and keys with the rotary rows to the [`KvCache`], whose default, [`crate::cache::DenseCache`],
 //! rotates them first ([`crate::nn::Rope::apply`]).
 
+use nics_kernels::gate::silu_mul;
+use nics_kernels::gemv::MAX_ROWS;
+use nics_kernels::pool;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor};
 use crate::checkpoint::TensorPath;
+use crate::device::OneThread;
+use crate::nn::memory::{values, values_mut};
 use crate::nn::{Linear, RmsNorm, Rope, RopeConfig, Rotary};
 use crate::seam::{KvCache, LayerHook, Mask, Point, Projection, Ragged, Rows, Site};
 use crate::{Error, Result};
@@ -334,8 +339,29 @@ impl Mlp {
         let [gate, up] = both.as_slice() else {
             return Err(Error::input("forward_many gave another number of results than projections"));
         };
-        self.down_proj.forward(&gate.f_silu()?.f_mul(up)?)
+        self.down_proj.forward(&gated(gate, up)?)
     }
+}
+
+/// `silu(gate) * up`.
+fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if few(gate)
+        && let (Some(gates), Some(ups)) = (values(gate), values(up))
+        && gates.kind() == ups.kind()
+        && gates.len() == ups.len()
+    {
+        let mut y = gate.f_new_empty(gate.size(), (gate.kind(), gate.device()))?;
+        if let Some(ys) = values_mut(&mut y) {
+            silu_mul(&pool::own(), gates, ups, ys);
+            return Ok(y);
+        }
+    }
+    Ok(gate.f_silu()?.f_mul(up)?)
+}
+
+/// Whether rows `[rows, ..]` on the CPU are few enough for our own kernels.
+fn few(x: &Tensor) -> bool {
+    x.device() == Device::Cpu && x.size().first().is_some_and(|&rows| rows <= MAX_ROWS as i64)
 }
 
 /// One layer: attention and MLP, each behind a norm and added to the residual.
@@ -477,6 +503,7 @@ impl Model for Decoder {
             return Err(Error::input("a call without a single row: is the prompt empty?"));
         }
         let mut x = self.embedded(batch)?;
+        let _between_kernels = OneThread::when(few(&x));
         let mut rows = batch.rows.clone();
         let mut rope = self.rotary.rows(&rows)?;
         let mut layer_inputs = Vec::new();
