@@ -53,7 +53,7 @@ def main(url, key):
     chunks = list(chat.create(model=model, messages=MESSAGES, temperature=0, stream=True, stream_options=options))
     check("usage in a chunk without choices", chunks[-1].choices == [] and chunks[-1].usage is not None)
     check("the same usage", chunks[-1].usage.completion_tokens == whole.usage.completion_tokens)
-    with chat.with_raw_response.create(model=model, messages=MESSAGES, stream=True).http_response as raw:
+    with chat.with_streaming_response.create(model=model, messages=MESSAGES, stream=True) as raw:
         lines = [line for line in raw.iter_lines() if line]
     check("[DONE] ends a stream", lines[-1] == "data: [DONE]", lines[-1])
 
