@@ -47,7 +47,7 @@ fn replies(input: &Path, more: &[&str]) -> Vec<Value> {
 
 #[test]
 fn help_pages_succeed_and_usage_errors_are_code_2() {
-    let commands = ["chat", "generate", "eval", "rows", "train", "inspect"];
+    let commands = ["chat", "generate", "eval", "rows", "train", "serve", "agent", "bench", "inspect"];
     let top = run(["--help"]).ok();
     for command in commands {
         assert!(top.contains(command));

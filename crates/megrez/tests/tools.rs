@@ -49,9 +49,10 @@ fn tools_are_announced_at_the_end_of_the_system_turn() {
     }
     // Two of them: a blank line between. None: nothing at all.
     let second = json!({"name": "bare", "parameters": {"type": "object"}});
-    let both = text(&prompter, &encode(&prompter, &[user.clone()], &[weather(), second]).unwrap());
+    let both =
+        text(&prompter, &encode(&prompter, std::slice::from_ref(&user), &[weather(), second]).unwrap());
     assert!(both.contains("}\n\n{\n    \"name\": \"bare\""), "{both}");
-    let plain = encode(&prompter, &[user.clone()], &[]).unwrap();
+    let plain = encode(&prompter, std::slice::from_ref(&user), &[]).unwrap();
     assert_eq!(plain, prompter.encode(&[Message::new("user", "Hi")], true).unwrap());
     let e = encode(&prompter, &[user], &[json!({"type": "function"})]).unwrap_err().to_string();
     assert!(e.contains("tool 0 has no name"), "{e}");

@@ -9,7 +9,7 @@
 //! | `call.rs` | calls of tools in what the model writes |
 //! | `history.rs` | how much of the conversation the model sees |
 //! | `citation.rs`, `rechunk.rs` | citations, and streams that do not split them |
-//! | `turn.rs` | the turn |
+//! | `turn.rs`, `event.rs` | the turn, and what happens during it |
 //! | `search/` | [`SearchProvider`]: a service over HTTP, a folder of documents |
 //! | `talker/` | [`Talker`]: a Megrez of this process, a server of OpenAI's API |
 //!
@@ -17,6 +17,7 @@
 
 mod call;
 mod citation;
+mod event;
 mod history;
 mod rechunk;
 mod search;
@@ -25,6 +26,7 @@ mod turn;
 
 pub use call::{Action, FUNCTION_END, FUNCTION_START, Splitter, action};
 pub use citation::{clamp, extract, link};
+pub use event::{AgentError, Answer, Event, Settings, Source};
 pub use history::truncate;
 pub use rechunk::Rechunker;
 pub use search::{
@@ -32,4 +34,4 @@ pub use search::{
     visible_text,
 };
 pub use talker::{Ask, Counting, LocalTalker, RemoteTalker, TalkError, Talker};
-pub use turn::{AgentError, Answer, Event, SEARCH_TOOL, Settings, Source, WebSearchAgent};
+pub use turn::{SEARCH_TOOL, WebSearchAgent};

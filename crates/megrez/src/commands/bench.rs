@@ -170,7 +170,7 @@ impl Bench {
             );
             println!("loaded in {:.1} s; {} layers of {}", about.load_s, dims.layers, dims.hidden);
         }
-        self.report(protocol, about, values)
+        Ok(self.report(protocol, about, values))
     }
 
     fn server(&self, protocol: &Protocol, quiet: bool, interrupt: &Interrupt) -> Result<Vec<Row>> {
@@ -207,7 +207,7 @@ impl Bench {
         } else {
             println!("{} with {} clients", target.url, protocol.batch);
         }
-        self.report(protocol, &about, values)
+        Ok(self.report(protocol, &about, values))
     }
 
     /// Prints the values for people, and makes rows of them.
@@ -216,7 +216,7 @@ impl Bench {
         protocol: &Protocol,
         about: &About,
         values: Vec<(&str, Spread, &str, bool)>,
-    ) -> Result<Vec<Row>> {
+    ) -> Vec<Row> {
         let Protocol { input_len, output_len, seqs, batch } = protocol;
         let dataset = format!("{input_len} in, {output_len} out, {seqs} sequences, {batch} at a time");
         if !self.json.json {
@@ -256,7 +256,7 @@ impl Bench {
                 ..Row::default()
             });
         }
-        Ok(rows)
+        rows
     }
 
     /// The model, its cache and a prompt.

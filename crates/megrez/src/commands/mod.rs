@@ -13,6 +13,7 @@ mod key;
 mod lines;
 #[cfg(feature = "serve")]
 pub mod serve;
+#[cfg(feature = "serve")]
 mod size;
 pub mod train;
 

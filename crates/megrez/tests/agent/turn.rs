@@ -260,7 +260,7 @@ fn server(events: &'static [&'static str]) -> Web {
         }
         let body: Value = serde_json::from_str(&asked.body).unwrap();
         if body["stream"] == true {
-            let body: String = events.iter().map(|e| format!("data: {e}\n\n")).collect();
+            let body: String = events.iter().flat_map(|e| ["data: ", e, "\n\n"]).collect();
             return Reply::Page(200, "text/event-stream", body);
         }
         Reply::json(&json!({"choices": [{"message": {"role": "assistant", "content": "a summary"}}]}))
