@@ -78,7 +78,7 @@ proptest! {
             let rope = rotary.rows(rows).unwrap();
             let site = Site { layer: 0, rows, rope: &rope, input: &input, mask, want_scores: None, scale: 0.3 };
             let out = cache.attend(&site, &q, &k, &v).unwrap().out;
-            (out, rope.apply(&q).unwrap())
+            (out, rope.apply(&q.to_kind(Kind::Double)).unwrap())
         };
         for (i, &n) in lengths.iter().enumerate() {
             let n = if long && i == 0 { n + 1100 } else { n };
@@ -94,7 +94,7 @@ proptest! {
             prop_assert_eq!(cache.kept(s, 0), n + 1);
             let (k, v) = cache.rows(s, 0).unwrap();
             let positions: Vec<i64> = (0..=n as i64).collect();
-            let q = q.narrow(0, i as i64, 1).to_kind(Kind::Double);
+            let q = q.narrow(0, i as i64, 1);
             let (k, v) = (k.to_kind(Kind::Double), v.to_kind(Kind::Double));
             let expected = attend_one(&q, &k, &v, &positions[n..], &positions, mask, 0.3).unwrap();
             close(&out.narrow(0, i as i64, 1), &expected, kind);
