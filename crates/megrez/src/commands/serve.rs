@@ -2,11 +2,11 @@
 
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use megrez::prompts::Prompts;
 use megrez::serve::MegrezFrontend;
@@ -84,7 +84,7 @@ impl Serve {
         let config = ServerConfig {
             host: self.host,
             port: self.port,
-            keys: ApiKeys::new(key::keys(self.api_key_file.as_deref(), "MEGREZ_API_KEY")?)?,
+            keys: ApiKeys::new(keys(self.api_key_file.as_deref(), "MEGREZ_API_KEY")?)?,
             allow_open: self.allow_open,
             max_body_bytes: self.max_body.0,
             drain_timeout: Duration::from_secs(self.drain_timeout),
@@ -209,6 +209,25 @@ async fn serve(
     let served = server.run().await;
     watched.abort();
     Ok(served?)
+}
+
+/// Keys, one a line; lines that begin with `#` and empty ones are passed over.
+fn keys(file: Option<&Path>, variable: &str) -> Result<Vec<String>> {
+    let Some(path) = file else {
+        return Ok(key::from_env(variable).into_iter().collect());
+    };
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the API keys of {}", path.display()))?;
+    let keys: Vec<String> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(str::to_owned)
+        .collect();
+    if keys.is_empty() {
+        bail!("{} holds no API key: expected one a line", path.display());
+    }
+    Ok(keys)
 }
 
 /// Memory that the system can give without swapping, in bytes (`MemAvailable` of Linux).
