@@ -5,7 +5,7 @@ use std::time::Instant;
 use half::{bf16, f16};
 use nics_kernels::gemv::{Product, gemv_with};
 use nics_kernels::memory::{prefer_huge_pages, read_bandwidth};
-use nics_kernels::{Element, Isa, Pool, Values, ValuesMut};
+use nics_kernels::{Element, Isa, Kind, Pool, Values, ValuesMut};
 
 /// Weights that begin a line of the cache, as those in libtorch's tensors do.
 struct Weights<T> {
@@ -38,6 +38,7 @@ fn main() {
         let (f, b, h) = (Weights::<f32>::new(n), Weights::<bf16>::new(n), Weights::<f16>::new(n));
         for rows in [1, 2, 4, 8, 16] {
             let x = vec![0.5f32; rows * input];
+            let xb = vec![<bf16 as Element>::from_f32(0.5); rows * input];
             let mut y = vec![0f32; rows * out];
             for (name, w) in [
                 ("f32", Values::F32(f.values())),
@@ -52,7 +53,7 @@ fn main() {
                             gemv_with(
                                 isa,
                                 &pool,
-                                Values::F32(&x),
+                                x_of(w.kind(), &x, &xb),
                                 rows,
                                 &mut [Product { weight: w, bias: None, y }],
                             );
@@ -70,4 +71,9 @@ fn main() {
             }
         }
     }
+}
+
+/// Activations in bf16 beside weights in bf16, else in f32.
+fn x_of<'a>(weight: Kind, x: &'a [f32], bf16: &'a [bf16]) -> Values<'a> {
+    if weight == Kind::Bf16 { Values::Bf16(bf16) } else { Values::F32(x) }
 }
