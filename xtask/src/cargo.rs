@@ -1,4 +1,4 @@
-//! Commands that are cargo's, with set-up in front: `check`, `test`, `bench`, `install`, and building a binary.
+//! Commands that are cargo's, with set-up in front: `check`, `test`, `install`, and building programs.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -72,26 +72,6 @@ pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
     run_ok(&mut command, interrupt)
 }
 
-/// The benchmarks whose name contains `filter`.
-pub fn bench(ws: &Workspace, filter: Option<&str>, interrupt: &Interrupt) -> Result<()> {
-    let mut command = cargo(ws);
-    command.arg("bench");
-    let mut found = false;
-    for (name, folder) in ws.packages()? {
-        if folder.join("benches").is_dir() {
-            command.args(["--package", &name]);
-            found = true;
-        }
-    }
-    if !found {
-        bail!("no crate has a benches/ folder, so there is nothing to run");
-    }
-    // Criterion's targets alone: those of unit tests would be built for nothing.
-    command.args(["--bench", "*"]);
-    command.args(filter.map(|f| ["--", f]).into_iter().flatten());
-    run_ok(&mut command, interrupt)
-}
-
 /// The folder of a crate of the workspace.
 pub fn crate_folder(ws: &Workspace, name: &str) -> Result<PathBuf> {
     let mut packages = ws.packages()?;
@@ -130,6 +110,26 @@ pub fn build(
     if !features.is_empty() {
         command.args(["--features", &features.join(",")]);
     }
+    built(command, binary, interrupt)
+}
+
+/// Builds a benchmark in release and says where it is.
+pub fn build_bench(ws: &Workspace, package: &str, bench: &str, interrupt: &Interrupt) -> Result<PathBuf> {
+    let mut command = cargo(ws);
+    command.args(["bench", "--no-run", "--package", package, "--bench", bench]);
+    built(command, bench, interrupt)
+}
+
+/// The target folder in which a program of release or of a benchmark was built.
+pub fn target_folder(program: &Path) -> Result<&Path> {
+    let release = program.ancestors().find(|p| p.ends_with("release"));
+    release
+        .and_then(Path::parent)
+        .with_context(|| format!("{} is not in a release folder", program.display()))
+}
+
+/// Runs a cargo command that builds one program.
+fn built(mut command: Command, program: &str, interrupt: &Interrupt) -> Result<PathBuf> {
     command.args(["--message-format", "json-render-diagnostics"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = start(&mut command)?;
@@ -140,7 +140,7 @@ pub fn build(
     if !status.success() {
         bail!("{} ({})", shown_short(&command), ended(status));
     }
-    found.with_context(|| format!("{} built no binary {binary}", shown_short(&command)))
+    found.with_context(|| format!("{} built no program {program}", shown_short(&command)))
 }
 
 /// The last executable that cargo's messages name.

@@ -2,6 +2,7 @@
 //!
 //! It needs Rust alone, links no libtorch, and sets libtorch up before anything that does.
 
+mod bench;
 mod cargo;
 mod doctor;
 mod process;
@@ -69,11 +70,8 @@ enum Task {
     },
     /// Run experiments and render their report; with no METHOD, of every crate
     Reproduce(reproduce::Args),
-    /// Run the benchmarks whose name contains FILTER, or all
-    Bench {
-        /// Part of a benchmark's name
-        filter: Option<String>,
-    },
+    /// Measure speed beside peers and beside the memory's bandwidth
+    Bench(bench::Args),
     /// Render the report of a folder again, from the rows in it
     Report {
         /// The folder that `reproduce` wrote
@@ -120,9 +118,9 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Train { name, extra } => train::train(&ws, &name, &extra, &interrupt),
         Task::Reproduce(args) => reproduce::reproduce(&ws, &args, &interrupt),
-        Task::Bench { filter } => {
+        Task::Bench(args) => {
             set_up()?;
-            cargo::bench(&ws, filter.as_deref(), &interrupt)
+            bench::bench(&ws, &args, &interrupt)
         }
         Task::Report { dir } => reproduce::render(&dir),
         Task::Merge { out, shards } => {
