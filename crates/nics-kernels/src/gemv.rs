@@ -233,25 +233,25 @@ fn block<L: Lanes, W: Weight>(w: &[W], x: &Widened, target: &Target, outputs: Ra
         let w = &w[first * x.input..(first + count) * x.input];
         acc[..x.rows].fill([unsafe { L::zero() }; OUTPUTS]);
         for from in (0..x.input).step_by(CHANNELS) {
-            let (mut row, mut groups) = (0, x.rows.div_ceil(ROWS));
-            while row < x.rows {
-                let rows = (x.rows - row).div_ceil(groups);
+            let (mut row, groups) = (0, x.rows.div_ceil(ROWS));
+            for group in 0..groups {
+                let rows = (x.rows - row).div_ceil(groups - group);
                 let acc = &mut acc[row..row + rows];
+                let turn = Turn { next, group, groups };
                 // Sums, rows of x and weights of one step fit 32 registers.
                 match rows {
-                    1 => add::<L, W, 8, 1>(w, next, x, from, row, acc, 0),
-                    2 => add::<L, W, 8, 2>(w, next, x, from, row, acc, 0),
+                    1 => add::<L, W, 8, 1>(w, turn, x, from, row, acc, 0),
+                    2 => add::<L, W, 8, 2>(w, turn, x, from, row, acc, 0),
                     3 => {
-                        add::<L, W, 4, 3>(w, next, x, from, row, acc, 0);
-                        add::<L, W, 4, 3>(w, next, x, from, row, acc, 4);
+                        add::<L, W, 4, 3>(w, turn, x, from, row, acc, 0);
+                        add::<L, W, 4, 3>(w, turn, x, from, row, acc, 4);
                     }
                     _ => {
-                        add::<L, W, 4, ROWS>(w, next, x, from, row, acc, 0);
-                        add::<L, W, 4, ROWS>(w, next, x, from, row, acc, 4);
+                        add::<L, W, 4, ROWS>(w, turn, x, from, row, acc, 0);
+                        add::<L, W, 4, ROWS>(w, turn, x, from, row, acc, 4);
                     }
                 }
                 row += rows;
-                groups -= 1;
             }
         }
         for (row, acc) in acc[..x.rows].iter().enumerate() {
@@ -261,12 +261,33 @@ fn block<L: Lanes, W: Weight>(w: &[W], x: &Widened, target: &Target, outputs: Ra
     }
 }
 
+/// What a group of rows prefetches while it computes: its share of the weights of the task's next outputs, so that the
+/// memory works while the processor does.
+#[derive(Clone, Copy)]
+struct Turn<'a, W> {
+    next: &'a [W],
+    group: usize,
+    groups: usize,
+}
+
+impl<W> Turn<'_, W> {
+    /// Which of the lines of a step. A single group of rows leaves long rows of weights to the processor, which sees by
+    /// itself what comes next within a row, but not from short row to short row.
+    #[inline(always)]
+    fn lines(&self, of_step: usize, input: usize) -> Range<usize> {
+        if self.next.is_empty() || (self.groups == 1 && input * size_of::<W>() > SHORT_ROW) {
+            return 0..0;
+        }
+        of_step * self.group / self.groups..of_step * (self.group + 1) / self.groups
+    }
+}
+
 /// Adds [`CHANNELS`] channels from `from` on to the sums of rows `row .. row + R` and outputs `at .. at + O` of the
 /// `w.len() / input` that there are. A missing output takes the weights of the last one; its sum is thrown away.
 #[inline(always)]
 fn add<L: Lanes, W: Weight, const O: usize, const R: usize>(
     w: &[W],
-    next: &[W],
+    turn: Turn<W>,
     x: &Widened,
     from: usize,
     row: usize,
@@ -298,14 +319,11 @@ fn add<L: Lanes, W: Weight, const O: usize, const R: usize>(
             *weights = w.as_ptr().add((at + o).min(count - 1) * x.input + from);
         }
         let rows = panel.as_ptr().add(row * CHANNELS);
-        // The weights of this task's next outputs, as far as this call is on its way. Within a long row the processor sees
-        // by itself what comes next; from short row to short row it does not.
-        let ahead = next.as_ptr().wrapping_add(at * x.input + from * O).cast::<u8>();
-        let short = x.input * size_of::<W>() <= SHORT_ROW;
-        let lines = if row == 0 && short && !next.is_empty() { O * step * size_of::<W>() / 64 } else { 0 };
+        let ahead = turn.next.as_ptr().wrapping_add(at * x.input + from * O).cast::<u8>();
+        let lines = turn.lines(O * step * size_of::<W>() / 64, x.input);
         let mut i = 0;
         while i < whole {
-            for line in 0..lines {
+            for line in lines.clone() {
                 L::prefetch(ahead.wrapping_add(i * O * size_of::<W>() + line * 64));
             }
             for second in [false, true] {
