@@ -8,10 +8,19 @@
 //!    all; or, with `isolate_prompts`, one such call for each sequence.
 //!
 //! # Batch invariance
-//! A prompt is always split at the same rows, multiples of the chunk from where its reading began, and prompts and writing
-//! sequences never share a call. With `isolate_prompts`, and projections and a cache that give a row the same bits
-//! whatever rows of single-row sequences stand beside it, a sequence's tokens are therefore the same, to the bit of every
-//! logit, whoever else is being served. The time between two tokens of a sequence is bounded by `prefill_budget` rows.
+//! A prompt is always split at the same rows, the multiples of the chunk (of the budget where that is less), and prompts
+//! and writing sequences never share a call. With `isolate_prompts`, and projections and a cache that give a row the same
+//! bits whatever rows of single-row sequences stand beside it, a sequence's tokens are therefore the same, to the bit of
+//! every logit, whoever else is being served. On the CPU the core's projections and dense cache do that for up to
+//! [`MAX_ROWS`](nics_kernels::gemv::MAX_ROWS) sequences; a decoding call of more goes through libtorch's products, whose
+//! last bits depend on the number of rows. It stays one call, since two would read the weights twice.
+//!
+//! With `last_row_apart` the rows before a prompt's last one depend on nothing but the ids up to them and where the
+//! chunks' boundaries are: a prompt that goes on from whole chunks of another one, or from all rows but the last of an
+//! equal one ([`Generator::add_from`]), writes what it would write alone, to the bit. Otherwise the last chunk of a
+//! prompt has its last row, too.
+//!
+//! The time between two tokens of a sequence is bounded by `prefill_budget` rows.
 
 mod many;
 mod step;
@@ -141,6 +150,7 @@ pub struct Generator<'a> {
     prefill_chunk: usize,
     prefill_budget: usize,
     isolate_prompts: bool,
+    last_row_apart: bool,
     release_ended: bool,
     next: u64,
     running: Vec<Running>,
@@ -159,6 +169,7 @@ impl<'a> Generator<'a> {
             prefill_chunk: 1024,
             prefill_budget: usize::MAX,
             isolate_prompts: false,
+            last_row_apart: false,
             release_ended: false,
             next: 0,
             running: Vec::new(),
@@ -204,6 +215,14 @@ impl<'a> Generator<'a> {
     #[must_use]
     pub fn isolate_prompts(mut self, isolate: bool) -> Self {
         self.isolate_prompts = isolate;
+        self
+    }
+
+    /// Reads the last row of a prompt of token ids in the call of those that write, also where it could go with the rows
+    /// before it: see [batch invariance](self#batch-invariance). Ignored with a hook, which sees whole prompts.
+    #[must_use]
+    pub fn last_row_apart(mut self, apart: bool) -> Self {
+        self.last_row_apart = apart;
         self
     }
 

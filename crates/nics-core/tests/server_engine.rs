@@ -1,18 +1,17 @@
-//! The default engine: what a job writes does not depend on what else runs, memory stays within its limit, prefixes are
-//! reused.
+//! The default engine: what a job writes does not depend on what else runs, memory stays within its limit.
 #![cfg(feature = "server")]
 
 mod seam_models;
 mod server_engine_kit;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use nics_core::cache::DenseCache;
-use nics_core::generate::{Finish, Generator, Prompt, Request};
+use nics_core::generate::{Finish, Prompt, Request};
 use nics_core::models::Model;
 use nics_core::seam::{Bytes, KvCache};
-use nics_core::server::{Admission, Engine, Event, Job, JobId, TextEngine, TextSettings};
+use nics_core::server::{Admission, Engine, Job, JobId, TextEngine, TextSettings};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use seam_models::*;
@@ -79,31 +78,13 @@ fn every_logit_is_the_same_to_the_bit_in_company_and_alone() {
         for job in &mut jobs {
             job.sampling.logprobs = Some(3);
         }
-        let write = |jobs: &[Job], sequences: usize| {
-            let mut cache = DenseCache::new();
+        let write = |sequences| {
             let settings = TextSettings { min_prefix: None, max_sequences: sequences, ..settings() };
-            let mut engine = TextEngine::new(&model, &mut cache, settings).unwrap();
-            let mut bits: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
-            let mut waiting: VecDeque<&Job> = jobs.iter().collect();
-            while !waiting.is_empty() || engine.running() > 0 {
-                while let Some(job) = waiting.front()
-                    && matches!(engine.admit(job), Admission::Taken)
-                {
-                    waiting.pop_front();
-                }
-                let mut see = |event| {
-                    let Event::Token(written) = event else { return };
-                    let of = bits.entry(written.job.0).or_default();
-                    of.extend(written.logprob.map(f32::to_bits));
-                    of.extend(written.top.iter().map(|(_, logprob)| logprob.to_bits()));
-                };
-                engine.step(&mut see).unwrap();
-            }
-            bits
+            bits(&model, &settings, &jobs).0
         };
-        let alone = write(&jobs, 1);
+        let alone = write(1);
         for sequences in [2, 5, 16] {
-            assert!(write(&jobs, sequences) == alone, "{name}, {sequences} at a time");
+            assert!(write(sequences) == alone, "{name}, {sequences} at a time");
         }
     }
 }
@@ -127,9 +108,9 @@ fn a_prompt_is_split_at_the_same_rows_whoever_else_is_read() {
         "a last row goes with the sequences that write"
     );
     stepped.step();
-    assert_eq!(model.taken_calls(), [vec![(1, 9, 1)], vec![(0, 16, 4)], vec![(2, 8, 8)]]);
+    assert_eq!(model.taken_calls(), [vec![(1, 9, 1)], vec![(0, 16, 3)], vec![(2, 8, 8)]]);
     stepped.step();
-    assert_eq!(model.taken_calls(), [vec![(0, 20, 1), (1, 10, 1)], vec![(2, 16, 8)]]);
+    assert_eq!(model.taken_calls(), [vec![(0, 19, 1), (1, 10, 1)], vec![(2, 16, 8)]]);
     assert_eq!(stepped.ends.keys().copied().collect::<Vec<_>>(), [1]);
     stepped.finish();
 }
@@ -214,115 +195,6 @@ fn memory_stays_within_its_limit_and_every_job_is_answered() {
 }
 
 #[test]
-fn a_prompt_that_begins_like_an_earlier_one_is_not_computed_again() {
-    let model = decoder("qwen3");
-    let mut cache = DenseCache::new();
-    let mut stepped = Stepped::new(&model, &mut cache, settings());
-    let first = greedy(0, ids(40, 1), 8);
-    stepped.take(&first);
-    stepped.finish();
-    let reply = stepped.tokens[&0].clone();
-    assert_eq!(stepped.cached[&0], 0);
-
-    // The conversation goes on: all rows of the first turn but the last token's are there. It is taken over.
-    let turn = [&ids(40, 1)[..], &reply, &ids(10, 2)].concat();
-    let second = drawn(1, turn, 60);
-    stepped.take(&second);
-    assert_eq!(stepped.engine.cached_tokens(JobId(1)), 47);
-    stepped.finish();
-    assert_eq!(
-        stepped.tokens[&1],
-        alone(&model, &second),
-        "it has grown beyond what the first was opened for"
-    );
-
-    // The same prompt again: its last token is computed; and one that parts from it in the middle.
-    let again = greedy(2, ids(40, 1), 8);
-    let parting = greedy(3, [&ids(40, 1)[..20], &ids(9, 5)].concat(), 8);
-    let short = greedy(4, [&ids(40, 1)[..15], &ids(9, 6)].concat(), 8);
-    for (job, expected) in [(&again, 39), (&parting, 20), (&short, 0)] {
-        stepped.take(job);
-        assert_eq!(stepped.engine.cached_tokens(job.id), expected, "job {}", job.id.0);
-    }
-    stepped.finish();
-    for job in [&again, &parting, &short] {
-        assert_eq!(stepped.tokens[&job.id.0], alone(&model, job), "job {}", job.id.0);
-    }
-    assert_eq!(stepped.engine.stats().prompt_tokens_reused_total, 47 + 39 + 20);
-}
-
-#[test]
-fn choices_of_one_prompt_compute_it_once() {
-    let model = Watched::new(decoder("llama"));
-    let mut cache = DenseCache::new();
-    let mut stepped = Stepped::new(&model, &mut cache, settings());
-    let jobs: Vec<Job> = (0..5).map(|id| drawn(id, ids(36, 3), 12)).collect();
-    // And one with half of it in common, which waits for that half alone.
-    let half = drawn(5, [&ids(36, 3)[..18], &ids(12, 8)].concat(), 12);
-    for job in jobs.iter().chain([&half]) {
-        stepped.take(job);
-    }
-    stepped.finish();
-    for job in jobs.iter().chain([&half]) {
-        assert_eq!(stepped.tokens[&job.id.0], alone(&model.inner, job), "job {}", job.id.0);
-        let expected = [0, 35, 35, 35, 35, 18][job.id.0 as usize];
-        assert_eq!(stepped.cached[&job.id.0], expected, "job {}", job.id.0);
-    }
-    let rows: usize = model.taken_calls().iter().flatten().map(|(_, _, rows)| rows).sum();
-    assert_eq!(rows, 36 + 4 + 12 + 6 * 11, "prompts and all tokens but the last ones");
-    let calls_of_many = stepped.engine.stats().steps_total;
-    assert!(calls_of_many < 5 * 12, "they write side by side");
-}
-
-#[test]
-fn kept_sequences_give_way_the_least_recently_used_first() {
-    let model = decoder("llama");
-    let row = DenseCache::new().forecast(model.dims(), 1);
-    let mut cache = DenseCache::new();
-    let settings = TextSettings { kv_limit_bytes: 150 * row, ..settings() };
-    let mut stepped = Stepped::new(&model, &mut cache, settings);
-    let cached_of = |stepped: &mut Stepped, job: &Job| {
-        stepped.take(job);
-        let cached = stepped.engine.cached_tokens(job.id);
-        stepped.finish();
-        assert_eq!(stepped.tokens[&job.id.0], alone(&model, job), "job {}", job.id.0);
-        cached
-    };
-    // Three of 40 rows are kept, or two beside one that runs.
-    for id in 0..3 {
-        assert_eq!(cached_of(&mut stepped, &greedy(id, ids(36, id as u32), 4)), 0);
-    }
-    assert_eq!(cached_of(&mut stepped, &greedy(3, ids(36, 0), 4)), 35, "0 is there");
-    // 1 is the oldest now and goes for it; 2 and 0 stay.
-    assert_eq!(cached_of(&mut stepped, &greedy(4, ids(36, 5), 4)), 0);
-    assert_eq!(cached_of(&mut stepped, &greedy(5, ids(36, 2), 4)), 35);
-    assert_eq!(cached_of(&mut stepped, &greedy(6, ids(36, 1), 4)), 0);
-    // One that needs all the memory leaves nothing; its own beginning it still takes over.
-    let grown = greedy(7, [&ids(36, 1)[..30], &ids(6, 9)].concat(), 114);
-    assert_eq!(cached_of(&mut stepped, &grown), 30);
-    assert!(stepped.engine.stats().kv_bytes >= 149 * row);
-    assert_eq!(cached_of(&mut stepped, &greedy(8, ids(36, 0), 114)), 0);
-}
-
-#[test]
-fn a_cache_that_cannot_give_beginnings_serves_without() {
-    let model = decoder("llama");
-    let mut cache = Plain { inner: DenseCache::new(), rows: usize::MAX };
-    let mut stepped = Stepped::new(&model, &mut cache, settings());
-    let jobs: Vec<Job> = (0..4).map(|id| drawn(id, ids(30, 1), 10)).collect();
-    for job in &jobs {
-        stepped.take(job);
-    }
-    stepped.finish();
-    for job in &jobs {
-        assert_eq!(stepped.tokens[&job.id.0], alone(&model, job));
-        assert_eq!(stepped.cached[&job.id.0], 0);
-    }
-    assert_eq!(stepped.engine.stats().kv_bytes, 0, "nothing is kept for nothing");
-    assert_eq!(stepped.engine.cache().bytes(), Bytes::default());
-}
-
-#[test]
 fn a_full_budget_in_the_cache_ends_a_job_with_the_context() {
     let model = decoder("llama");
     let mut cache = Plain { inner: DenseCache::new(), rows: 20 };
@@ -404,7 +276,7 @@ fn a_failure_of_prompts_in_one_call_takes_nothing_from_those_that_write() {
         eos: Vec::new(),
     };
     let mut cache = DenseCache::new();
-    let mut generator = Generator::new(&model, &mut cache).with_prefill_chunk(settings().prefill_chunk);
+    let mut generator = settings().generator(&model, &mut cache).isolate_prompts(false);
     let mut written = vec![Vec::new(); 2];
     for turn in 0.. {
         if turn == 3 {

@@ -131,10 +131,10 @@ impl Serve {
         let settings = TextSettings {
             kv_limit_bytes: self.kv_limit(&dims, &*loaded.cache),
             max_sequences: self.max_seqs,
-            prefill_chunk: self.prefill_budget,
             prefill_budget: self.prefill_budget,
             min_prefix: TextSettings::default().min_prefix.filter(|_| !self.no_prefix_reuse),
             context: self.context,
+            ..TextSettings::default()
         };
         tracing::info!(?settings, variant = loaded.variant, "the model is loaded");
         let mut engine = TextEngine::new(&loaded.megrez.decoder, &mut *loaded.cache, settings)?;

@@ -84,13 +84,17 @@ impl Generator<'_> {
             calls.push((writing, false));
         }
         // Pieces of one size whatever else is read, so that a prompt is always split at the same rows.
-        let (chunk, mut budget) = match self.hook {
-            Some(_) => (usize::MAX, usize::MAX),
-            None => (self.prefill_chunk.min(self.prefill_budget), self.prefill_budget),
+        let (chunk, mut budget, apart) = match self.hook {
+            Some(_) => (usize::MAX, usize::MAX, false),
+            None => (self.prefill_chunk.min(self.prefill_budget), self.prefill_budget, self.last_row_apart),
         };
         let mut reading = Vec::new();
         for (i, r) in self.running.iter().enumerate().filter(|(_, r)| !r.is_single()) {
-            let rows = r.unread().min(chunk);
+            let left = match r.prompt {
+                Prompt::Ids(_) if apart => r.unread() - 1,
+                _ => r.unread(),
+            };
+            let rows = left.min(chunk - r.read % chunk);
             if rows > budget {
                 break; // A younger prompt does not overtake.
             }

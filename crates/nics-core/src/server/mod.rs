@@ -52,7 +52,6 @@ mod listen;
 mod metrics;
 mod patient;
 mod plan;
-mod prefix;
 mod record;
 mod reply;
 mod routes;

@@ -8,55 +8,31 @@
 //!
 //! # Prefixes
 //! A prompt that begins like a kept sequence, or like the prompt of a running one, starts from a copy of those rows
-//! ([`KvCache::branch`]); one that wholly continues a kept sequence takes it over ([`KvCache::resume`]). When an older
-//! prompt that is still being read will have more in common with it, it waits for that: `n` choices of one request
-//! compute their prompt once. Its last token is always computed, for its logits. Caches that cannot give the beginning of
-//! a sequence are asked once and then left alone.
+//! ([`KvCache::branch`]); one that begins with all of a kept sequence takes it over ([`KvCache::resume`]). When an older
+//! prompt that is still being read will have more to give, it waits for that: `n` choices of one request compute their
+//! prompt once. Its last token is always computed, for its logits. Caches that cannot give the beginning of a sequence are
+//! asked once and then left alone.
 //!
 //! # Batch invariance
-//! Prompts are read in calls of their own, so whether others are served does not change a job's tokens (see
-//! [`crate::generate`]). Reuse splits a prompt at another row than reading it anew: the last bits of its logits may then
-//! differ, as between any two splits.
+//! Prompts are read in calls of their own, split at the chunk's multiples, their last rows with those that write, so
+//! whether others are served does not change a job's tokens (see [`crate::generate`]). With
+//! [`exact_prefix`](TextSettings::exact_prefix) rows are reused only where the same calls would compute them again, so
+//! what was served before does not either.
+
+mod prefix;
+mod reuse;
+mod settings;
 
 use std::sync::Arc;
 
+use prefix::Kept;
+pub use settings::TextSettings;
+
 use super::engine::{Admission, Engine, EngineStats, Event, Job, JobId, Written};
-use super::prefix::{Entry, Kept, common};
-use crate::generate::{Generator, Prompt, Released, Request, RequestId};
+use crate::generate::{Generator, Prompt, Request, RequestId};
 use crate::models::{Model, ModelDims};
 use crate::seam::{KvCache, LayerHook, SeqId};
 use crate::{Error, Result};
-
-/// Limits of a [`TextEngine`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TextSettings {
-    /// The most bytes of keys and values, kept prefixes included.
-    pub kv_limit_bytes: usize,
-    /// The most sequences that are written at a time; at least 1.
-    pub max_sequences: usize,
-    /// The most rows of a prompt that one call reads; at least 1.
-    pub prefill_chunk: usize,
-    /// The most prompt rows of all sequences that one step reads, which bounds the time between two tokens; at least 1.
-    pub prefill_budget: usize,
-    /// Prefixes of at least so many tokens are reused; `None` reuses none.
-    pub min_prefix: Option<usize>,
-    /// The most positions of a sequence, in place of the checkpoint's own limit.
-    pub context: Option<usize>,
-}
-
-impl Default for TextSettings {
-    /// 2 GiB, 16 sequences, 512 prompt rows a step, prefixes from 16 tokens on.
-    fn default() -> Self {
-        Self {
-            kv_limit_bytes: 2 << 30,
-            max_sequences: 16,
-            prefill_chunk: 512,
-            prefill_budget: 512,
-            min_prefix: Some(16),
-            context: None,
-        }
-    }
-}
 
 /// A job that was taken in.
 struct Held {
@@ -73,13 +49,6 @@ struct Held {
     cached: usize,
     /// Prompt rows in the cache, those included.
     read: usize,
-}
-
-/// Where a prompt can start from.
-#[derive(Clone, Copy)]
-enum Source {
-    Kept(SeqId),
-    Running(SeqId),
 }
 
 /// Writes text with one model.
@@ -103,31 +72,9 @@ impl<'a> TextEngine<'a> {
     /// # Errors
     /// `Error::Input` for limits of 0, and for a memory limit that not even two tokens fit.
     pub fn new(model: &'a dyn Model, cache: &'a mut dyn KvCache, settings: TextSettings) -> Result<Self> {
-        let TextSettings { max_sequences, prefill_chunk, prefill_budget, .. } = settings;
-        for (name, value) in [
-            ("max_sequences", max_sequences),
-            ("prefill_chunk", prefill_chunk),
-            ("prefill_budget", prefill_budget),
-        ] {
-            if value == 0 {
-                return Err(Error::Input(format!("{name} is 0, expected at least 1")));
-            }
-        }
-        let least = cache.forecast(model.dims(), 2);
-        if settings.kv_limit_bytes < least {
-            return Err(Error::Input(format!(
-                "the limit of {} bytes for keys and values is too small: a prompt of one token and its reply of one \
-                 take {least}",
-                settings.kv_limit_bytes
-            )));
-        }
+        settings.check(model, cache)?;
         let dims = model.dims().clone();
-        let generator = Generator::new(model, cache)
-            .with_context(settings.context.unwrap_or(dims.context))
-            .with_prefill_chunk(prefill_chunk)
-            .with_prefill_budget(prefill_budget)
-            .isolate_prompts(true)
-            .release_ended(true);
+        let generator = settings.generator(model, cache).release_ended(true);
         Ok(Self {
             generator,
             dims,
@@ -171,133 +118,6 @@ impl<'a> TextEngine<'a> {
         }
     }
 
-    /// The best beginning that there is for a prompt, and whether an older prompt that is being read will be a better one.
-    fn beginning(&self, index: usize, min: usize) -> (Option<(Source, usize)>, bool) {
-        let job = &self.jobs[index];
-        let most = job.prompt.len() - 1; // The last one's logits are needed.
-        let mut best = self.kept.best(&job.prompt).map(|(seq, n)| (Source::Kept(seq), n.min(most)));
-        let mut coming = 0;
-        for (i, other) in self.jobs.iter().enumerate().filter(|(i, _)| *i != index) {
-            let shared = common(&other.prompt, &job.prompt).min(most);
-            let now = shared.min(other.read);
-            if i < index {
-                coming = coming.max(shared);
-            }
-            let running = other.running.and_then(|id| self.generator.reading(id));
-            if let Some((seq, _)) = running.filter(|_| now > best.map_or(0, |(_, n)| n)) {
-                best = Some((Source::Running(seq), now));
-            }
-        }
-        let now = best.map_or(0, |(_, n)| n);
-        (best.filter(|(_, n)| *n >= min), coming >= min && coming > now)
-    }
-
-    /// Gives a waiting job to the generator, unless it should wait longer. With `take_over`, a kept sequence is never
-    /// copied.
-    fn enter(&mut self, index: usize, take_over: bool) -> Result<()> {
-        let room = self.jobs[index].room;
-        let mut from = None;
-        if let Some(min) = self.settings.min_prefix {
-            let (best, better_coming) = self.beginning(index, min.max(1));
-            if better_coming {
-                return Ok(());
-            }
-            if let Some((source, rows)) = best {
-                from = self.begin_from(source, rows, room, take_over)?.map(|seq| (seq, rows));
-                if from.is_none() {
-                    self.give_up_reuse();
-                }
-            }
-        }
-        let job = &mut self.jobs[index];
-        let Some(request) = job.waiting.take() else { return Ok(()) };
-        let id = match from {
-            None => self.generator.add(request)?,
-            Some((seq, rows)) => {
-                let added = self.generator.add_from(request, seq, rows);
-                if added.is_err() {
-                    self.generator.cache_mut().close(seq);
-                }
-                job.cached = rows;
-                job.read = rows;
-                self.stats.prompt_tokens_reused_total += rows as u64;
-                added?
-            }
-        };
-        job.running = Some(id);
-        Ok(())
-    }
-
-    /// A sequence that begins with the first `rows` rows of another; `None` when the cache cannot.
-    fn begin_from(
-        &mut self,
-        source: Source,
-        rows: usize,
-        room: usize,
-        take_over: bool,
-    ) -> Result<Option<SeqId>> {
-        match source {
-            Source::Running(seq) => self.generator.cache_mut().branch(seq, rows, room),
-            Source::Kept(seq) if take_over || self.kept.rows(seq) == rows => {
-                self.kept.remove(seq);
-                match self.generator.cache_mut().resume(seq, rows, room) {
-                    Ok(true) => Ok(Some(seq)),
-                    otherwise => {
-                        self.close(seq);
-                        otherwise.map(|_| None)
-                    }
-                }
-            }
-            Source::Kept(seq) => {
-                self.kept.touch(seq);
-                self.generator.cache_mut().branch(seq, rows, room)
-            }
-        }
-    }
-
-    /// The cache does not give beginnings of sequences: nothing more is kept.
-    fn give_up_reuse(&mut self) {
-        tracing::debug!("this cache cannot give the beginning of a sequence: prefixes are not reused");
-        self.settings.min_prefix = None;
-        while let Some(entry) = self.kept.evict(None) {
-            self.close(entry.seq);
-        }
-    }
-
-    /// Lets waiting jobs go on whose wait is over.
-    fn enter_waiting(&mut self) {
-        let mut index = 0;
-        while index < self.jobs.len() {
-            if self.jobs[index].waiting.is_some()
-                && let Err(error) = self.enter(index, false)
-            {
-                let job = self.jobs.remove(index);
-                self.reserved -= job.reserved;
-                self.failed.push((job.id, error));
-                continue;
-            }
-            index += 1;
-        }
-    }
-
-    /// Keeps an ended sequence when prompts can begin with it, else closes it. Its reservation is gone by now.
-    fn keep(&mut self, released: Released, reserved: usize) {
-        let Released { seq, ids, .. } = released;
-        let cache = self.generator.cache();
-        let whole = |ids: &Vec<u32>| (0..self.dims.layers).all(|l| cache.kept(seq, l) == ids.len());
-        let (Some(min), Some(ids)) = (self.settings.min_prefix, ids.filter(whole)) else {
-            return self.close(seq);
-        };
-        if ids.len() < min.max(1) {
-            return self.close(seq);
-        }
-        let bytes = cache.held(seq).map_or(reserved, |held| held.allocated);
-        for entry in self.kept.insert(Entry { seq, ids, bytes }) {
-            self.close(entry.seq);
-        }
-        self.make_room(0, None);
-    }
-
     /// Takes a job off the list.
     fn forget(&mut self, request: RequestId) -> Option<Held> {
         let i = self.jobs.iter().position(|job| job.running == Some(request))?;
@@ -333,8 +153,9 @@ impl Engine for TextEngine<'_> {
         if self.reserved + reserved > limit {
             return Admission::Full;
         }
-        let best = self.kept.best(&job.prompt).map(|(seq, _)| seq);
-        self.make_room(reserved, best);
+        let best =
+            self.settings.min_prefix.and_then(|min| self.kept.best(&job.prompt, self.settings.rule(), min));
+        self.make_room(reserved, best.map(|best| best.seq));
         // What it begins with does not fit beside it: it takes that over rather than compute it again.
         let take_over = self.is_over(reserved);
         self.reserved += reserved;
@@ -397,8 +218,10 @@ impl Engine for TextEngine<'_> {
             }
         }
         for released in step.ended {
-            let reserved = self.forget(released.request).map_or(0, |job| job.reserved);
-            self.keep(released, reserved);
+            match self.forget(released.request) {
+                Some(job) => self.keep(released, &job),
+                None => self.close(released.seq),
+            }
         }
         self.enter_waiting();
         Ok(())
@@ -410,7 +233,7 @@ impl Engine for TextEngine<'_> {
         let held = self.jobs.remove(i);
         self.reserved -= held.reserved;
         if let Some(released) = held.running.and_then(|id| self.generator.release(id)) {
-            self.keep(released, held.reserved);
+            self.keep(released, &held);
         }
         self.enter_waiting();
     }

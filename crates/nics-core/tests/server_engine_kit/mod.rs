@@ -1,12 +1,12 @@
 //! What the tests of the engine share: jobs, an engine stepped by hand, models and caches that misbehave.
 #![allow(dead_code, missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nics_core::cache::DenseCache;
-use nics_core::generate::{Finish, Generator, Prompt, Request, collect};
+use nics_core::generate::{Finish, Prompt, Request, collect};
 use nics_core::models::{Batch, Decoder, Input, Model, ModelDims, Output, ProjectionVisitor};
 use nics_core::sampling::Sampling;
 use nics_core::seam::{Attended, Bytes, KvCache, LayerHook, SeqId, Site, Snapshot};
@@ -31,8 +31,8 @@ pub fn greedy(id: u64, prompt: Vec<u32>, new: usize) -> Job {
     }
 }
 
-/// What the job writes when nothing else runs, by the plain generator, its prompt split as [`settings`] split it: a draw
-/// may stand so near to a border that the last bit of a logit tells.
+/// What the job writes when nothing else runs, by the plain generator, its prompt read as [`settings`] say: a draw may
+/// stand so near to a border that the last bit of a logit tells.
 pub fn alone(model: &Decoder, job: &Job) -> Vec<u32> {
     let request = Request {
         prompt: Prompt::Ids(job.prompt.to_vec()),
@@ -41,7 +41,7 @@ pub fn alone(model: &Decoder, job: &Job) -> Vec<u32> {
         eos: job.eos.clone(),
     };
     let mut cache = DenseCache::new();
-    let mut generator = Generator::new(model, &mut cache).with_prefill_chunk(settings().prefill_chunk);
+    let mut generator = settings().generator(model, &mut cache);
     collect(&mut generator, [request], 1).unwrap().remove(0)
 }
 
@@ -124,6 +124,30 @@ impl<'a> Stepped<'a> {
             assert!(steps < 10_000, "no end");
         }
     }
+}
+
+/// Serves jobs, as many at a time as `settings` let in, and gives the bits of all log-probabilities of each; also how
+/// many prompt tokens were reused.
+pub fn bits(model: &dyn Model, settings: &TextSettings, jobs: &[Job]) -> (BTreeMap<u64, Vec<u32>>, u64) {
+    let mut cache = DenseCache::new();
+    let mut engine = TextEngine::new(model, &mut cache, settings.clone()).unwrap();
+    let mut bits: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+    let mut waiting: VecDeque<&Job> = jobs.iter().collect();
+    while !waiting.is_empty() || engine.running() > 0 {
+        while let Some(job) = waiting.front()
+            && matches!(engine.admit(job), Admission::Taken)
+        {
+            waiting.pop_front();
+        }
+        let mut see = |event| {
+            let Event::Token(written) = event else { return };
+            let of = bits.entry(written.job.0).or_default();
+            of.extend(written.logprob.map(f32::to_bits));
+            of.extend(written.top.iter().map(|(_, logprob)| logprob.to_bits()));
+        };
+        engine.step(&mut see).unwrap();
+    }
+    (bits, engine.stats().prompt_tokens_reused_total)
 }
 
 /// A model that records its calls and misbehaves on demand.
