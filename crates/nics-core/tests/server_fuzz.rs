@@ -7,7 +7,7 @@ mod server_common;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use nics_core::server::{ServerConfig, TextSettings};
+use nics_core::server::ServerConfig;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
@@ -231,8 +231,7 @@ async fn fuzz(requests: usize, seed: u64) {
         body_timeout: Duration::from_secs(2),
         ..ServerConfig::default()
     };
-    let settings = TextSettings { min_prefix: None, ..TextSettings::default() };
-    let server = Server::model(config, 64, settings).await;
+    let server = Server::model(config, 64, settings()).await;
     let address = server.address();
     let good = chat("a good request", json!({"temperature": 1.0, "seed": 11, "max_tokens": 16}));
     let expected = whole_texts(&server.post(PATHS[0], &good).await.json());

@@ -79,8 +79,8 @@ pub(super) struct App {
     /// `system_fingerprint` of replies: model and version of this crate.
     pub fingerprint: String,
     created: u64,
-    /// Requests that are being read and encoded, at most one for each core.
-    planners: Semaphore,
+    /// Requests that are being read and encoded, at most one for each core; who has gone counts until the work is done.
+    planners: Arc<Semaphore>,
 }
 
 impl App {
@@ -95,7 +95,7 @@ impl App {
             metrics: Arc::default(),
             fingerprint: format!("fp_{}", &hash[..12]),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-            planners: Semaphore::new(cores),
+            planners: Arc::new(Semaphore::new(cores)),
         }
     }
 
@@ -106,9 +106,13 @@ impl App {
         work: impl FnOnce(&[u8], &Self) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let failed = || ApiError::internal("the server failed on this request");
-        let _one = self.planners.acquire().await.map_err(|_| failed())?;
+        let one = self.planners.clone().acquire_owned().await.map_err(|_| failed())?;
         let app = self.clone();
-        tokio::task::spawn_blocking(move || work(&body, &app)).await.map_err(|_| failed())?
+        let done = tokio::task::spawn_blocking(move || {
+            let _one = one;
+            work(&body, &app)
+        });
+        done.await.map_err(|_| failed())?
     }
 }
 
@@ -192,6 +196,9 @@ fn decoded(path: &str) -> Option<String> {
         rest = after;
         if *first == b'%' {
             let (hex, after) = rest.split_at_checked(2)?;
+            if !hex.iter().all(u8::is_ascii_hexdigit) {
+                return None; // `from_str_radix` takes a sign, too.
+            }
             bytes.push(u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok()?);
             rest = after;
         } else {
@@ -257,7 +264,7 @@ mod tests {
     #[test]
     fn escapes_of_a_path_are_resolved() {
         assert_eq!(decoded("org%2Fa%20b/c").as_deref(), Some("org/a b/c"));
-        for bad in ["%", "%2", "%zz", "%ff"] {
+        for bad in ["%", "%2", "%zz", "%ff", "%+f"] {
             assert_eq!(decoded(bad), None, "{bad}");
         }
     }

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nics_core::cache::DenseCache;
@@ -23,6 +23,11 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+/// The default engine's settings with a chunk that the tests' prompts reach, so that their beginnings are reused.
+pub fn settings() -> TextSettings {
+    TextSettings { prefill_chunk: 16, ..TextSettings::default() }
+}
 
 /// No test waits longer than this for anything.
 pub const LIVENESS: Duration = Duration::from_secs(60);
@@ -103,6 +108,10 @@ pub struct Seen {
     pub admitted: AtomicUsize,
     pub cancelled: AtomicUsize,
     pub running: AtomicUsize,
+    /// While it is set, a step does not end.
+    pub hold: AtomicBool,
+    /// A step is being held.
+    pub held: AtomicBool,
 }
 
 /// Which tokens a job is answered with; a `Err` fails the job after the tokens of `Ok`.
@@ -175,6 +184,11 @@ impl Engine for Fake {
 
     fn step(&mut self, emit: &mut dyn FnMut(Event)) -> Result<()> {
         std::thread::sleep(self.pace);
+        while self.seen.hold.load(Ordering::SeqCst) {
+            self.seen.held.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.seen.held.store(false, Ordering::SeqCst);
         self.seen.steps.fetch_add(1, Ordering::SeqCst);
         let seen = self.seen.clone();
         let fail_at = self.fail_at;
@@ -282,6 +296,14 @@ impl Server {
 
     pub async fn get(&self, path: &str) -> Reply {
         request(self.address(), "GET", path, &[], b"").await
+    }
+
+    /// Requests of a route that have ended, by `/metrics`.
+    pub async fn ended(&self, route: &str) -> u64 {
+        let label = format!("nics_http_requests_total{{route=\"{route}\"");
+        let page = self.get("/metrics").await;
+        let counts = page.text().lines().filter(|l| l.starts_with(&label));
+        counts.map(|l| l.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
     /// Ends the server and its engine, and holds both to have ended well.
