@@ -94,7 +94,7 @@ fn every_logit_is_the_same_to_the_bit_at_real_widths() {
         let root = TensorPath::random(5, 0.02, Device::Cpu, kind);
         let model = models::load_at(config, &root).unwrap();
         let exact = TextSettings { min_prefix: Some(1), prefill_chunk, prefill_budget: 64, ..settings() };
-        differ |= served_before_or_not(&model, &exact, 1, &[(1, 400), (4, 10_000)]);
+        differ |= served_before_or_not(&model, &exact, 1, &[(4, 600)]);
     }
     assert!(differ, "these jobs show nothing: inexact reuse gives the same bits");
 }

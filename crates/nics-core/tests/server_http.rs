@@ -276,3 +276,16 @@ async fn a_foreign_name_is_not_answered_without_keys() {
     assert_eq!(post(&server, "any.example", "Authorization: Bearer sk-secret\r\n").await.status, 200);
     server.end().await;
 }
+
+#[tokio::test]
+async fn a_head_that_is_no_http_gets_a_bare_status() {
+    let server = Server::fake(ServerConfig::default(), 4, Fake::saying("x")).await;
+    for head in ["GET\r\n\r\n", "POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n"] {
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let reply = read_reply(&mut stream).await;
+        assert_eq!((reply.status, reply.body.len()), (400, 0), "{head}");
+    }
+    assert_eq!(server.get("/health").await.status, 200);
+    server.end().await;
+}

@@ -27,11 +27,14 @@
 //! Always `{"error": {"message", "type", "param", "code"}}`: 400 a wrong field (named by `param`), 401 no key, 403 a foreign
 //! `Host` on a server without keys, 404 no such route or model, 405, 408 a body that does not arrive, 413, 415, 429 a full
 //! queue (with `Retry-After`), 500 a failure, 503 no engine (any more). What fails before the first token of a stream, and
-//! before a heartbeat is due, has its own status too; later failures are the stream's last event, without `[DONE]`.
+//! before a heartbeat is due, has its own status too; later failures are the stream's last event, without `[DONE]`. A head
+//! that is no HTTP/1 (400) or far too long (414, 431) is refused before any route is known, with a bare status.
 //!
 //! # Clients that go
-//! A closed connection ends its jobs before the engine's next step; closing only the writing side counts as closing.
-//! Clients that send their head or body, or read their reply, too slowly are cut ([`ServerConfig`]).
+//! A closed connection ends its jobs before the engine's next step; closing only the writing side counts as closing. There
+//! is one exception: while bytes behind the body (a pipelined request) wait to be read, the end behind them is not seen, and
+//! a reply that is not streamed is written to its own end. Clients that send their head or body, or read their reply, too
+//! slowly are cut ([`ServerConfig`]).
 //!
 //! # Starting one
 //! [`spawn`] starts the engine thread and gives its [`Handle`]; [`serve`] (or [`serve_blocking`]) answers until SIGTERM or
