@@ -1,0 +1,244 @@
+//! Our own format: a folder with `router.safetensors` and `router.json`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use nics_base::artefact::AtomicDir;
+use nics_base::hash;
+use nics_core::checkpoint::TensorPath;
+use nics_core::tokenizer::Tokenizer;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use crate::router::{Architecture, InitArgs, Router, RouterConfig, Storage};
+use crate::{Error, Result};
+
+/// The file with the tensors.
+pub const WEIGHTS_FILE: &str = "router.safetensors";
+/// The file with everything else.
+pub const CARD_FILE: &str = "router.json";
+/// The version of the format.
+const FORMAT: u32 = 1;
+/// Longest card that is read.
+const MAX_CARD: u64 = 4 << 20;
+
+/// The threshold and the features that a router reads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommonArgs {
+    /// The large model is asked where the router's probability reaches this.
+    pub threshold: f64,
+    /// Names of the features, for the reader's sake: `hidden_states`, `token`, `logits`.
+    #[serde(default)]
+    pub input_type: Vec<String>,
+}
+
+/// What the labels were that a router was trained on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LabelStatistics {
+    /// Rows trained on.
+    pub train: u64,
+    /// Rows validated on.
+    pub validation: u64,
+    /// Divergent ones of the rows trained on.
+    pub divergent: u64,
+    /// Rows trained on where the models differ.
+    pub mismatch: u64,
+}
+
+/// A point of the validation curve.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CurvePoint {
+    /// Threshold.
+    pub threshold: f64,
+    /// Share of the divergent rows that reach it.
+    pub recall: f64,
+    /// Share of all rows that reach it.
+    pub positive_rate: f64,
+}
+
+/// Everything about a router that is not a tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    /// Version of the format.
+    pub format_version: u32,
+    /// Type of the router.
+    pub model_type: Architecture,
+    /// Its arguments.
+    pub init_args: InitArgs,
+    /// Threshold and features.
+    pub common_args: CommonArgs,
+    /// What training noted.
+    #[serde(default)]
+    pub model_specific_args: Map<String, Value>,
+    /// The small model, a hub id or a folder's name.
+    #[serde(default)]
+    pub slm: Option<String>,
+    /// The large model.
+    #[serde(default)]
+    pub llm: Option<String>,
+    /// [`tokenizer_hash`] of the small model's tokenizer.
+    #[serde(default)]
+    pub tokenizer_hash: Option<String>,
+    /// What it was trained on.
+    #[serde(default)]
+    pub labels: Option<LabelStatistics>,
+    /// Threshold against recall and positive rate on the validation rows.
+    #[serde(default)]
+    pub validation_curve: Vec<CurvePoint>,
+    /// BLAKE3 of `router.safetensors`; filled in when the router is saved.
+    #[serde(default)]
+    pub weights_hash: String,
+}
+
+impl Card {
+    /// A card with what a router cannot do without.
+    pub fn new(config: &RouterConfig, common: CommonArgs) -> Self {
+        Self {
+            format_version: FORMAT,
+            model_type: config.architecture,
+            init_args: config.args.clone(),
+            common_args: common,
+            model_specific_args: Map::new(),
+            slm: None,
+            llm: None,
+            tokenizer_hash: None,
+            labels: None,
+            validation_curve: Vec::new(),
+            weights_hash: String::new(),
+        }
+    }
+
+    /// Type and arguments.
+    pub fn config(&self) -> RouterConfig {
+        RouterConfig { architecture: self.model_type, args: self.init_args.clone() }
+    }
+
+    /// Holds the card's tokenizer against a model's; a card without a hash knows none and agrees.
+    ///
+    /// # Errors
+    /// [`Error::TokenizerMismatch`].
+    pub fn check_tokenizer(&self, model: &str, tokenizer: &Tokenizer) -> Result<()> {
+        let Some(router) = &self.tokenizer_hash else { return Ok(()) };
+        let found = tokenizer_hash(tokenizer);
+        if *router == found {
+            return Ok(());
+        }
+        Err(Error::TokenizerMismatch { router: router.clone(), model: model.to_owned(), found })
+    }
+}
+
+/// Hash of what a tokenizer makes of ids: every token's text and place. Two files that spell the same vocabulary
+/// differently agree, and settings that leave ids alone do not count.
+pub fn tokenizer_hash(tokenizer: &Tokenizer) -> String {
+    let mut bytes = Vec::new();
+    for id in 0..tokenizer.vocab_size() as u32 {
+        if let Some(token) = tokenizer.token(id) {
+            bytes.extend_from_slice(&id.to_le_bytes());
+            bytes.extend_from_slice(&(token.len() as u64).to_le_bytes());
+            bytes.extend_from_slice(token.as_bytes());
+        }
+    }
+    hash::bytes(bytes)
+}
+
+/// Writes a router into the folder `dir`, which appears whole or not at all and replaces an older one. The frozen
+/// embedding is not written.
+///
+/// # Errors
+/// A router that is not kept in float32: what was rounded to fewer bits is no source.
+pub fn save(dir: &Path, router: &Router, card: &Card) -> Result<()> {
+    if router.storage() != Storage::F32 {
+        return Err(Error::setting(
+            "the router's storage",
+            format!("{:?}", router.storage()),
+            "F32, to be saved",
+        ));
+    }
+    save_tensors(dir, &router.tensors()?, card)
+}
+
+/// [`save`] of tensors that need not be a router's whole set, e.g. with the embedding.
+fn save_tensors(dir: &Path, tensors: &[(String, Tensor)], card: &Card) -> Result<()> {
+    let mut blobs = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
+        blobs.push((name.as_str(), shape, bytes));
+    }
+    let wrong =
+        |e: safetensors::SafeTensorError| Error::Input(format!("cannot write {}: {e}", dir.display()));
+    let views = blobs
+        .iter()
+        .map(|(name, shape, bytes)| {
+            Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(wrong)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(wrong)?;
+    let mut card = card.clone();
+    card.weights_hash = hash::bytes(&bytes);
+    let json = serde_json::to_string_pretty(&card)
+        .map_err(|source| nics_base::Error::Json { what: "a router's card".into(), source })?;
+    let folder = AtomicDir::create(dir)?;
+    let io = |name: &str| {
+        let path = folder.path().join(name);
+        move |source| nics_base::Error::Io { action: "write", path, source }
+    };
+    std::fs::write(folder.path().join(WEIGHTS_FILE), bytes).map_err(io(WEIGHTS_FILE))?;
+    std::fs::write(folder.path().join(CARD_FILE), json + "\n").map_err(io(CARD_FILE))?;
+    folder.commit()?;
+    Ok(())
+}
+
+/// Reads a router from a folder that [`save`] wrote. `embedding` is the small model's table, for routers that read
+/// tokens.
+///
+/// # Errors
+/// [`Error::Damaged`] for a card that does not parse, another version, or tensors whose hash is not the card's; those of
+/// [`Router::load`].
+pub fn load(
+    dir: &Path,
+    embedding: Option<&Tensor>,
+    storage: Storage,
+    device: Device,
+) -> Result<(Router, Card)> {
+    let path = dir.join(CARD_FILE);
+    let io = |source| Error::Core(nics_core::Error::Io { path: path.clone(), source });
+    let damaged = |path: &Path, reason: String| Error::Damaged { path: path.to_owned(), reason };
+    let size = path.metadata().map_err(io)?.len();
+    if size > MAX_CARD {
+        return Err(damaged(&path, format!("it takes {size} bytes, more than the {MAX_CARD} that are read")));
+    }
+    let text = std::fs::read_to_string(&path).map_err(io)?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| damaged(&path, e.to_string()))?;
+    let version = json.get("format_version").and_then(Value::as_u64);
+    if version != Some(u64::from(FORMAT)) {
+        let found = version.map_or_else(|| "absent".to_owned(), |v| v.to_string());
+        return Err(damaged(&path, format!("format_version is {found}, this release reads {FORMAT}")));
+    }
+    let card: Card = serde_path_to_error::deserialize(json)
+        .map_err(|e| damaged(&path, format!("{}: {}", e.path(), e.inner())))?;
+    let threshold = card.common_args.threshold;
+    if !(0.0..=1.0).contains(&threshold) {
+        return Err(Error::ThresholdOutOfRange { found: threshold });
+    }
+    let weights = dir.join(WEIGHTS_FILE);
+    let found = hash::file(&weights)?;
+    if found != card.weights_hash {
+        let expected = &card.weights_hash;
+        return Err(damaged(
+            &weights,
+            format!("its hash is {found}, {CARD_FILE} says {expected}: copy both files again"),
+        ));
+    }
+    let at = TensorPath::from_file(&weights)?.to(device, Kind::Float);
+    let router = Router::load(card.config(), &at, embedding, storage)?;
+    Ok((router, card))
+}

@@ -1,0 +1,139 @@
+//! Weights in 8-bit integers with a scale for each row, made into float32 as they are read.
+
+use nics_kernels::Pool;
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// Outputs of one task of the pool.
+const OUTPUTS: usize = 64;
+/// Independent sums of a dot product.
+const LANES: usize = 16;
+
+/// `weight` (`[out, in]`, float32) as values (int8, `[out, in]`) and scales (`[out]`): the row's largest magnitude
+/// becomes 127.
+pub fn quantize(weight: &Tensor) -> Result<(Tensor, Tensor)> {
+    let largest = weight.f_abs()?.f_amax(1, false)?;
+    let scale = largest.f_div_scalar(127.0)?;
+    // A row of zeros stays one under any scale.
+    let scale = scale.f_masked_fill(&scale.f_eq(0.0)?, 1.0)?;
+    let values = weight.f_div(&scale.f_unsqueeze(1)?)?.f_round()?.f_clamp(-127.0, 127.0)?;
+    Ok((values.f_to_kind(Kind::Int8)?, scale))
+}
+
+struct Results(*mut f32);
+// SAFETY: tasks write disjoint outputs, and the tensor behind the pointer outlives the call.
+unsafe impl Sync for Results {}
+
+/// `y = (x valuesᵀ) * scale + bias` for a few rows. `x` `[rows, input]`, `y` `[rows, out]`, all on the CPU and contiguous.
+pub fn product(
+    pool: &Pool,
+    x: &Tensor,
+    values: &Tensor,
+    scale: &Tensor,
+    bias: &Tensor,
+    y: &mut Tensor,
+    input: usize,
+) -> Result<()> {
+    let floats = |t: &Tensor| nics_core::nn::memory::floats(t).map(<[f32]>::to_vec);
+    let (Some(xs), Some(scale), Some(bias)) = (nics_core::nn::memory::floats(x), floats(scale), floats(bias))
+    else {
+        return Err(Error::Input("int8 weights take float32 rows on the CPU, without gradients".into()));
+    };
+    let out = scale.len();
+    let rows = xs.len() / input.max(1);
+    let fits = values.kind() == Kind::Int8
+        && values.device() == Device::Cpu
+        && values.is_contiguous()
+        && values.size() == [out as i64, input as i64]
+        && y.is_contiguous()
+        && y.size() == [rows as i64, out as i64]
+        && y.kind() == Kind::Float;
+    if !fits {
+        return Err(Error::Input(format!(
+            "int8 weights of shape {:?} do not fit {rows} rows of {input}",
+            values.size()
+        )));
+    }
+    // SAFETY: a contiguous int8 tensor on the CPU has `out * input` values at its pointer and outlives the call.
+    let weights: &[i8] =
+        unsafe { std::slice::from_raw_parts(values.data_ptr().cast_const().cast(), out * input) };
+    let results = Results(y.data_ptr().cast());
+    let results = &results;
+    pool.run(out.div_ceil(OUTPUTS), &|task| {
+        for o in task * OUTPUTS..((task + 1) * OUTPUTS).min(out) {
+            let weights = &weights[o * input..(o + 1) * input];
+            for row in 0..rows {
+                let sum = dot(weights, &xs[row * input..(row + 1) * input]);
+                // SAFETY: `row < rows` and `o < out` are inside `y`; this task alone writes these outputs.
+                unsafe { results.0.add(row * out + o).write(sum * scale[o] + bias[o]) };
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The sum of products, with the best instructions there are.
+fn dot(weights: &[i8], x: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if nics_kernels::Isa::detect() >= nics_kernels::Isa::Avx2 {
+        // SAFETY: the processor has these instructions.
+        return unsafe { dot_avx2(weights, x) };
+    }
+    dot_lanes(weights, x)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn dot_avx2(weights: &[i8], x: &[f32]) -> f32 {
+    dot_lanes(weights, x)
+}
+
+/// Sums in lanes, which the compiler makes into vectors; the order of additions is the same with any instructions.
+#[allow(clippy::inline_always)] // Gets the caller's instructions by being inlined.
+#[inline(always)]
+fn dot_lanes(weights: &[i8], x: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    let (mut w, mut v) = (weights.chunks_exact(LANES), x.chunks_exact(LANES));
+    for (w, v) in w.by_ref().zip(v.by_ref()) {
+        for ((sum, &w), &v) in sums.iter_mut().zip(w).zip(v) {
+            *sum += f32::from(w) * v;
+        }
+    }
+    for ((sum, &w), &v) in sums.iter_mut().zip(w.remainder()).zip(v.remainder()) {
+        *sum += f32::from(w) * v;
+    }
+    sums.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_kernel_equals_libtorch_over_the_same_values(
+            rows in 1i64..17, input in 1i64..200, out in 1i64..150, seed in 0u64..1000,
+        ) {
+            use rand::{RngExt, SeedableRng};
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+            let mut random = |shape: &[i64]| {
+                let n: i64 = shape.iter().product();
+                let values: Vec<f32> = (0..n).map(|_| rng.random::<f32>() - 0.5).collect();
+                Tensor::from_slice(&values).reshape(shape)
+            };
+            let (x, w, bias) = (random(&[rows, input]), random(&[out, input]), random(&[out]));
+            let (values, scale) = quantize(&w).unwrap();
+            let dense = values.to_kind(Kind::Float) * scale.unsqueeze(1);
+            // Half a step of the largest magnitude at most.
+            let error = (&dense - &w).abs().amax(1, false) - &scale * 0.5001;
+            prop_assert!(error.max().double_value(&[]) <= 0.0);
+            let mut y = Tensor::zeros([rows, out], (Kind::Float, Device::Cpu));
+            product(&nics_kernels::pool::own(), &x, &values, &scale, &bias, &mut y, input as usize).unwrap();
+            let expected = x.linear(&dense, Some(&bias));
+            prop_assert!((y - expected).abs().max().double_value(&[]) < 1e-4);
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! Checkpoints that are damaged or mean harm. Each is refused with its reason, quickly and in little memory.
+
+mod build;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use build::{Entry, Pickle, checkpoint, sound, zip};
+use r2r::Error;
+use r2r::checkpoint::{Official, Refusal};
+
+/// Opens what was built; a refusal has to come soon and without memory for what was promised.
+fn open(bytes: &[u8]) -> Result<Official, Error> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("router.pt");
+    std::fs::write(&path, bytes).unwrap();
+    let (from, before) = (Instant::now(), nics_core::memory::resident());
+    let result = Official::open(&path);
+    // Liveness, not speed: a bomb would take hours.
+    assert!(from.elapsed() < Duration::from_secs(20));
+    if let (Some(before), Some(after)) = (before, nics_core::memory::resident()) {
+        assert!(after < before + (256 << 20), "{before} bytes became {after}");
+    }
+    result
+}
+
+fn refusal(bytes: &[u8]) -> Refusal {
+    match open(bytes) {
+        Err(Error::Refused { refusal, path }) => {
+            assert_eq!(path.file_name(), Some("router.pt".as_ref()));
+            refusal
+        }
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("it was read"),
+    }
+}
+
+/// The refusal's text has every one of these words.
+fn refused(what: &str, bytes: &[u8], words: &[&str]) {
+    let text = refusal(bytes).to_string();
+    for word in words {
+        assert!(text.contains(word), "{what}: {text:?} lacks {word:?}");
+    }
+}
+
+#[test]
+fn a_sound_one_is_read() {
+    let official = open(&sound()).unwrap();
+    assert_eq!(official.tensors["logits_projection.bias"].size(), [2]);
+    assert_eq!(official.config.top_k(), Some(2));
+}
+
+#[test]
+fn pickles_that_run_code() {
+    let marker = std::env::temp_dir().join(format!("r2r-hostile-{}", std::process::id()));
+    let command = format!("touch {}", marker.display());
+    for (module, name) in [
+        ("os", "system"),
+        ("posix", "system"),
+        ("nt", "system"),
+        ("subprocess", "Popen"),
+        ("builtins", "eval"),
+        ("builtins", "exec"),
+        ("__builtin__", "getattr"),
+        ("torch", "load"),
+        ("torch.hub", "load"),
+        ("torch._utils", "_rebuild_tensor_v3"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch", "os.system"),
+        ("collections", "OrderedDict.fromkeys"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("torch", "DoubleStorage"),
+        ("torch.storage", "_load_from_bytes"),
+    ] {
+        let p = Pickle::new().global(module, name).mark().text(&command).tuple().call().end();
+        refused(name, &checkpoint(&p, &[]), &[module, name, "nothing was run"]);
+    }
+    assert!(!marker.exists());
+}
+
+#[test]
+fn allowed_names_with_other_arguments() {
+    let dict = || Pickle::new().global("collections", "OrderedDict");
+    refused(
+        "OrderedDict of something",
+        &checkpoint(&dict().mark().text("x").tuple().call().end(), &[]),
+        &["OrderedDict with arguments"],
+    );
+    let p = Pickle::new().global("torch", "FloatStorage").raw(b")").call().end();
+    refused("a storage type called", &checkpoint(&p, &[]), &["storage type"]);
+    let p = Pickle::new().global("torch", "float32").raw(b")").call().end();
+    refused("a dtype called", &checkpoint(&p, &[]), &["dtype"]);
+    let p = Pickle::new().text("os").raw(b")").call().end();
+    refused("a text called", &checkpoint(&p, &[]), &["no function"]);
+    let p = Pickle::new().global("torch._utils", "_rebuild_tensor_v2").raw(b")").call().end();
+    refused("no arguments", &checkpoint(&p, &[]), &["_rebuild_tensor_v2", "other arguments"]);
+    // A state for something else than a state dict.
+    let p = Pickle::new().raw(b"]}b").end();
+    refused("the state of a list", &checkpoint(&p, &[]), &["state"]);
+    let p = Pickle::new().raw(b"}}b").end();
+    refused("the state of a plain dictionary", &checkpoint(&p, &[]), &["state"]);
+    // Backward hooks are functions.
+    let p = Pickle::new().tensor_with("0", 4, 0, &[4], &[1], |p| p.raw(b"}").text("hook").int(1).raw(b"s"));
+    refused("hooks", &checkpoint(&p.end(), &[]), &["backward hooks"]);
+}
+
+#[test]
+fn instructions_that_torch_does_not_write() {
+    for (name, code) in [
+        ("INST", &b"ios\nsystem\n"[..]),
+        ("OBJ", b"(o"),
+        ("NEWOBJ", b"\x81"),
+        ("NEWOBJ_EX", b"\x92"),
+        ("STACK_GLOBAL", b"\x93"),
+        ("EXT1", b"\x82\x01"),
+        ("EXT4", b"\x84\x01\x00\x00\x00"),
+        ("PERSID", b"P0\n"),
+        ("BYTEARRAY8", b"\x96\x00\x00\x00\x00\x00\x00\x00\x10"),
+        ("FRAME", b"\x95\x00\x00\x00\x00\x00\x00\x00\x00"),
+        ("LONG4", b"\x8b\xff\xff\xff\x7f"),
+        ("INT", b"I1\n"),
+        ("STRING", b"S'x'\n"),
+        ("EMPTY_SET", b"\x8f"),
+        ("DUP", b"N2"),
+        ("POP", b"N0"),
+    ] {
+        match refusal(&checkpoint(&Pickle::new().raw(code).end(), &[])) {
+            Refusal::Opcode { .. } => {}
+            other => panic!("{name}: {other}"),
+        }
+    }
+    refused("protocol 4", &checkpoint(b"\x80\x04N.", &[]), &["protocol 2"]);
+    refused("no protocol", &checkpoint(b"N.", &[]), &["protocol 2"]);
+}
+
+#[test]
+fn pickles_that_break_off_or_contradict_themselves() {
+    for (name, code, word) in [
+        ("empty", &b""[..], "protocol 2"),
+        ("no end", b"\x80\x02N", "too early"),
+        ("text past the end", b"\x80\x02X\xff\xff\xff\xff", "too early"),
+        ("name without end", b"\x80\x02cos", "no end"),
+        ("text that is none", b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "UTF-8"),
+        ("pop of nothing", b"\x80\x02.", "empty"),
+        ("two values", b"\x80\x02NN.", "more than one value"),
+        ("rest behind the end", b"\x80\x02N.N", "more than one value"),
+        ("open mark", b"\x80\x02N(.", "empty"),
+        ("no mark", b"\x80\x02t.", "no mark"),
+        ("tuple across a mark", b"\x80\x02N(\x85.", "too short"),
+        ("nothing remembered", b"\x80\x02h\x07.", "remembered"),
+        ("remember nothing", b"\x80\x02q\x00.", "nothing to remember"),
+        ("append to an integer", b"\x80\x02K\x01Na.", "list"),
+        ("odd items", b"\x80\x02}(Nu.", "no value"),
+        ("huge integer", b"\x80\x02\x8a\xff", "64 bits"),
+    ] {
+        refused(name, &checkpoint(code, &[]), &[word]);
+    }
+    let whole = sound();
+    for cut in [0, 1, 21, 100, whole.len() / 2, whole.len() - 1] {
+        assert!(matches!(refusal(&whole[..cut]), Refusal::Archive(_)), "cut at {cut}");
+    }
+}
+
+#[test]
+fn bombs() {
+    // Lists of twice the one before: 2^24 values from some hundred bytes.
+    let mut p = Pickle::new().raw(b"]q\x00");
+    for i in 0..24u8 {
+        p = p.raw(b"]q").raw(&[i + 1]).raw(b"h").raw(&[i]).raw(b"ah").raw(&[i]).raw(b"a");
+    }
+    refused("doubled lists", &checkpoint(&p.end_of_many(), &[]), &["damaged"]);
+    let mut p = Pickle::new().raw(b"]");
+    for i in 0..24u8 {
+        p = p
+            .raw(b"q")
+            .raw(&[i])
+            .raw(b"]h")
+            .raw(&[i])
+            .raw(b"ah")
+            .raw(&[i])
+            .raw(b"aq")
+            .raw(&[i + 1])
+            .raw(b"\x85");
+    }
+    let text = refusal(&checkpoint(&p.end_of_many(), &[])).to_string();
+    assert!(text.contains("nested") || text.contains("more than") || text.contains("damaged"), "{text}");
+    // Doubling that ends in one value.
+    let mut p = Pickle::new().text("x").raw(b"q\x00");
+    for i in 0..40u8 {
+        p = p.raw(b"h").raw(&[i]).raw(b"\x86q").raw(&[i + 1]);
+    }
+    refused("doubled tuples", &checkpoint(&p.end(), &[]), &["values"]);
+    // One long text a hundred thousand times.
+    let mut p = Pickle::new().raw(b"](").text(&"a".repeat(1 << 19)).raw(b"q\x00");
+    for _ in 0..200_000 {
+        p = p.raw(b"h\x00");
+    }
+    refused("a repeated text", &checkpoint(&p.raw(b"e").end(), &[]), &["more than"]);
+    // A list in itself.
+    let p = Pickle::new().raw(b"]q\x00h\x00a").end();
+    refused("a list in itself", &checkpoint(&p, &[]), &["nested"]);
+    let deep = Pickle::new().raw(&b"]".repeat(5000)).raw(&b"a".repeat(4999)).end();
+    refused("deep nesting", &checkpoint(&deep, &[]), &["nested"]);
+    // A pickle larger than any router's.
+    let long = Pickle::new().raw(&b"N".repeat((1 << 20) + 1)).end();
+    refused("a long pickle", &checkpoint(&long, &[]), &["data.pkl", "more than"]);
+}
+
+#[test]
+fn tensors_that_do_not_fit_their_storages() {
+    let with = |p: Pickle, storage: &[u8]| checkpoint(&p.end(), &[Entry::stored("data/0", storage)]);
+    let router = |tensor: fn(Pickle) -> Pickle| Pickle::router(&[("logits_projection.bias", tensor)]);
+    let bytes = [0u8; 8];
+    refused(
+        "too few bytes",
+        &with(router(|p| p.tensor("0", 4, 0, &[4], &[1])), &bytes),
+        &["8 bytes", "4 values"],
+    );
+    refused(
+        "too many bytes",
+        &with(router(|p| p.tensor("0", 1, 0, &[1], &[1])), &bytes),
+        &["8 bytes", "1 values"],
+    );
+    refused(
+        "past the end",
+        &with(router(|p| p.tensor("0", 2, 1, &[2], &[1])), &bytes),
+        &["2 elements from 1"],
+    );
+    refused(
+        "negative offset",
+        &with(router(|p| p.tensor("0", 2, -1, &[2], &[1])), &bytes),
+        &["negative offset"],
+    );
+    refused("negative size", &with(router(|p| p.tensor("0", 2, 0, &[-2], &[1])), &bytes), &["size"]);
+    refused(
+        "negative count",
+        &with(router(|p| p.tensor("0", -2, 0, &[2], &[1])), &bytes),
+        &["negative size"],
+    );
+    refused(
+        "a view of one value",
+        &with(router(|p| p.tensor("0", 2, 0, &[1 << 40], &[0])), &bytes),
+        &["view"],
+    );
+    refused(
+        "a transposed view",
+        &with(router(|p| p.tensor("0", 4, 0, &[2, 2], &[1, 2])), &[0; 16]),
+        &["view"],
+    );
+    let huge = router(|p| p.tensor("0", i64::MAX, 0, &[1 << 40, 1 << 40], &[1 << 40, 1]));
+    refused("a size beyond 64 bits", &with(huge, &bytes), &["64 bits"]);
+    let huge = router(|p| p.tensor("0", 1 << 62, 0, &[1 << 62], &[1]));
+    refused("a storage of 2^64 bytes", &with(huge, &bytes), &["8 bytes"]);
+    refused("a missing storage", &with(router(|p| p.tensor("7", 2, 0, &[2], &[1])), &bytes), &["data/7"]);
+    refused(
+        "a storage by name",
+        &with(router(|p| p.tensor("../x", 2, 0, &[2], &[1])), &bytes),
+        &["no number"],
+    );
+    let many = router(|p| p.tensor("0", 2, 0, &[1, 1, 1, 1, 1, 1, 1, 1, 2], &[2, 2, 2, 2, 2, 2, 2, 2, 1]));
+    refused("many axes", &with(many, &bytes), &["size"]);
+    let shared = Pickle::router(&[
+        ("logits_projection.bias", |p: Pickle| p.tensor("0", 2, 0, &[2], &[1])),
+        ("logits_projection.weight", |p: Pickle| p.tensor("0", 2, 1, &[1], &[1])),
+    ]);
+    refused("shared values", &with(shared, &bytes), &["shares values"]);
+    let unused = router(|p| p.tensor("0", 2, 0, &[2], &[1])).end();
+    let entries = [Entry::stored("data/0", &bytes), Entry::stored("data/1", &bytes)];
+    refused("an unused storage", &checkpoint(&unused, &entries), &["data/1"]);
+}
+
+#[test]
+fn fields_that_are_missing_or_wrong() {
+    let text = |p: Pickle, key: &str, value: &str| p.text(key).text(value);
+    let p = Pickle::new().raw(b"}(").raw(b"u").end();
+    refused("nothing", &checkpoint(&p, &[]), &["model_type", "absent"]);
+    let p = text(Pickle::new().raw(b"}("), "model_type", "LogitsClassifier").raw(b"u").end();
+    refused("a type alone", &checkpoint(&p, &[]), &["init_args"]);
+    let p = text(Pickle::new().raw(b"}("), "surprise", "x").raw(b"u").end();
+    refused("another field", &checkpoint(&p, &[]), &["surprise"]);
+    let p = Pickle::new().raw(b"}(").text("model_type").int(1).raw(b"u").end();
+    refused("a type that is a number", &checkpoint(&p, &[]), &["model_type", "integer"]);
+    let p = text(text(Pickle::new().raw(b"}("), "model_type", "a"), "model_type", "b").raw(b"u").end();
+    refused("a field twice", &checkpoint(&p, &[]), &["twice"]);
+    let p = Pickle::new().raw(b"}").int(1).int(2).raw(b"s").end();
+    refused("a key that is a number", &checkpoint(&p, &[]), &["no text"]);
+    refused("a text at the top", &checkpoint(&Pickle::new().text("x").end(), &[]), &["dictionary"]);
+    let p = Pickle::new().global("collections", "OrderedDict").end();
+    refused("a function at the top", &checkpoint(&p, &[]), &["function"]);
+
+    let named = |name: &str| Pickle::router_of(name, 0.5, &[]).end();
+    let error = open(&checkpoint(&named("ResNet"), &[])).unwrap_err().to_string();
+    assert!(error.contains("ResNet") && error.contains("LogitsClassifier"), "{error}");
+    let error = open(&checkpoint(&named("MultiHiddenStatesClassifier"), &[])).unwrap_err().to_string();
+    assert!(error.contains("normalised"), "{error}");
+    for threshold in [1.5, -0.1, f64::NAN, f64::INFINITY] {
+        let p = Pickle::router_of("LogitsClassifier", threshold, &[]).end();
+        refused("a threshold", &checkpoint(&p, &[]), &["threshold"]);
+    }
+    // Tensors that are missing, and one that no router has.
+    let official = open(&checkpoint(&named("LogitsClassifier"), &[])).unwrap();
+    let error = official.router(None, r2r::router::Storage::F32, tch::Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains("logits_projection.weight"), "{error}");
+}
+
+#[test]
+fn archives_with_tricks() {
+    let pickle = Pickle::router_of("LogitsClassifier", 0.5, &[]).end();
+    let main = || Entry::stored("data.pkl", &pickle);
+    for name in [
+        "../evil",
+        "/etc/passwd",
+        "data\\0",
+        "data/../../x",
+        "data/0x",
+        "data/",
+        "code/run.py",
+        "data/00000000001",
+    ] {
+        refused(name, &checkpoint(&pickle, &[Entry::stored(name, b"x")]), &["no part"]);
+    }
+    for folder in ["..", ".", "", "a\\b", "a\u{1}b"] {
+        let archive = zip(&[Entry { full: format!("{folder}/data.pkl"), ..main() }]);
+        refused(folder, &archive, &["no part"]);
+    }
+    let two = zip(&[main(), Entry { full: "other/data/0".into(), ..Entry::stored("data/0", b"x") }]);
+    refused("two folders", &two, &["no part"]);
+    refused("no pickle", &zip(&[Entry::stored("version", b"3\n")]), &["data.pkl"]);
+    refused("twice", &zip(&[main(), main()]), &["twice"]);
+    refused("big-endian", &checkpoint(&pickle, &[Entry::stored("byteorder", b"big")]), &["byte order"]);
+    refused("a long version", &checkpoint(&pickle, &[Entry::stored("version", &[b'3'; 4096])]), &["version"]);
+    // 4 GiB that a few bytes unpack to.
+    let bomb = Entry { method: 8, claimed: u32::MAX - 1, ..Entry::stored("data/0", b"\x01\x00\x00\xff\xff") };
+    refused("compressed", &checkpoint(&pickle, &[bomb]), &["compressed"]);
+    let locked = Entry { flags: 1, ..Entry::stored("data/0", b"secret") };
+    refused("encrypted", &checkpoint(&pickle, &[locked]), &["encrypted"]);
+    let long = Entry { claimed: 1 << 30, stored: 1 << 30, ..Entry::stored("data/0", b"x") };
+    refused("longer than the file", &checkpoint(&pickle, &[long]), &["past the end"]);
+    let shared = zip(&[main(), Entry { at: Some(0), ..Entry::stored("data/0", &pickle) }]);
+    assert!(matches!(
+        refusal(&shared),
+        Refusal::EntriesOverlap(..) | Refusal::Archive(_) | Refusal::EntryName(_)
+    ));
+    let mut damaged = sound();
+    let at = damaged.windows(4).position(|w| w == 1.5f32.to_le_bytes()).unwrap();
+    damaged[at] ^= 1;
+    refused("a flipped bit", &damaged, &["data/"]);
+    // An archive whose end declares more entries than anybody would hold.
+    let mut many = sound();
+    let end = many.len() - 22;
+    many[end + 8..end + 12].fill(0xfe);
+    refused("65,278 entries", &many, &["65278 entries"]);
+    let mut commented = sound();
+    let len = commented.len();
+    commented[len - 2..].copy_from_slice(&[4, 0]);
+    commented.extend(b"note");
+    assert!(matches!(refusal(&commented), Refusal::Archive(_)));
+    refused("text", b"this is no archive, but it is longer than the end of one", &["archive"]);
+    let error = Official::open(Path::new("/nonexistent/router.pt")).unwrap_err().to_string();
+    assert!(error.contains("nonexistent"), "{error}");
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(Official::open(dir.path()), Err(Error::Refused { .. })));
+}
+
+#[test]
+fn random_damage_never_panics() {
+    use proptest::prelude::*;
+    let whole = std::fs::read(
+        nics_core::golden::Golden::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"))
+            .path("router_ckpt.pt"),
+    )
+    .unwrap();
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(256));
+    let edits = prop::collection::vec((0..whole.len(), any::<u8>()), 1..6);
+    runner
+        .run(&(edits, 0..whole.len()), |(edits, cut)| {
+            let mut bytes = whole.clone();
+            // Most edits fall into the pickle at the beginning, where they do most.
+            for (at, value) in edits {
+                bytes[at % 4300] = value;
+            }
+            let _ = open(&bytes);
+            let _ = open(&bytes[..cut]);
+            Ok(())
+        })
+        .unwrap();
+}
