@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use nics_core::cache::DenseCache;
 use nics_core::generate::{Finish, Prompt, Request, collect};
@@ -258,5 +259,15 @@ impl KvCache for Plain {
 
     fn restore(&mut self, snapshot: &Snapshot) -> Result<SeqId> {
         self.inner.restore(snapshot)
+    }
+}
+
+/// A deadline against hanging, not a claim of speed.
+#[track_caller]
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < until, "not within 20 seconds: {what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -69,16 +69,18 @@ impl TextEngine<'_> {
         let Some(request) = job.waiting.take() else { return Ok(()) };
         let id = match from {
             None => self.generator.add(request)?,
-            Some((seq, rows)) => {
-                let added = self.generator.add_from(request, seq, rows);
-                if added.is_err() {
-                    self.generator.cache_mut().close(seq);
+            Some((seq, rows)) => match self.generator.add_from(request, seq, rows) {
+                Ok(id) => {
+                    job.cached = rows;
+                    job.read = rows;
+                    self.stats.prompt_tokens_reused_total += rows as u64;
+                    id
                 }
-                job.cached = rows;
-                job.read = rows;
-                self.stats.prompt_tokens_reused_total += rows as u64;
-                added?
-            }
+                Err(error) => {
+                    self.close(seq);
+                    return Err(error);
+                }
+            },
         };
         job.running = Some(id);
         Ok(())
@@ -108,7 +110,7 @@ impl TextEngine<'_> {
 
     /// The cache does not give beginnings of sequences: nothing more is kept.
     fn give_up_reuse(&mut self) {
-        tracing::debug!("this cache cannot give the beginning of a sequence: prefixes are not reused");
+        tracing::info!("this cache cannot give the beginning of a sequence: prefixes are not reused");
         self.settings.min_prefix = None;
         while let Some(entry) = self.kept.evict(None) {
             self.close(entry.seq);
