@@ -14,7 +14,7 @@ use crate::figure::{Case, Run};
 use crate::settings::{Budget, Settings};
 
 /// Threads of a contender's library may spin for a while after its turn (OpenMP's do); the next one waits until they sleep.
-const REST: Duration = Duration::from_millis(20);
+const REST: Duration = Duration::from_millis(40);
 /// Samples below which Criterion has no statistics.
 const LEAST_SAMPLES: usize = 10;
 

@@ -109,6 +109,7 @@ fn report(cases: &[Case], bandwidths: &[f64], args: &Args, cpu: &str, folder: &P
     // The limit is what the memory can do, so the best that was seen.
     let limit = bandwidths.iter().copied().fold(0.0, f64::max);
     println!();
+    println!("Medians, with quartiles in brackets; a peer that took 2.00 times ours is half as fast.");
     for case in cases {
         print!("{}", table::text(case, limit));
     }
@@ -123,7 +124,11 @@ fn report(cases: &[Case], bandwidths: &[f64], args: &Args, cpu: &str, folder: &P
             100.0 * lowest / limit
         );
     }
-    let preset = if args.quick { "quick" } else { "" };
+    let preset = match (args.quick, args.miniature) {
+        (true, _) => "quick",
+        (_, true) => "miniature",
+        _ => "",
+    };
     let mut rows: Vec<Row> = cases.iter().flat_map(|case| table::rows(case, limit, preset, cpu)).collect();
     rows.push(table::bandwidth_row(bandwidths, cpu));
     let file = args.rows.clone().unwrap_or_else(|| folder.join("rows.jsonl"));
