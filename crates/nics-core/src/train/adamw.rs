@@ -94,8 +94,8 @@ impl AdamW {
         &self.moments
     }
 
-    /// The moments, to be restored.
-    pub(super) fn moments_mut(&mut self) -> &mut [Moments] {
+    /// The moments, to be restored: copied into, or a resumed run would not go on where it stopped.
+    pub fn moments_mut(&mut self) -> &mut [Moments] {
         &mut self.moments
     }
 
