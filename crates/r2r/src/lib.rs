@@ -14,10 +14,19 @@
 //! |---|---|
 //! | [`router`] | the router's architectures, in f32, bf16 or int8 |
 //! | [`checkpoint`] | official `.pt` files, read without running them; our own format |
+//! | [`thresholds`] | from probabilities and labels to a threshold |
+//! | [`losses`], [`training`] | what a router is trained to make small; training with early stopping and exact resume |
+//! | [`policy`] | who chooses a token: the router, measures of uncertainty, a budget, a coin, an oracle |
+//! | [`sampling`] | the small model's token |
 
 pub mod checkpoint;
 mod error;
+pub mod losses;
+pub mod policy;
 pub mod router;
+pub mod sampling;
+pub mod thresholds;
+pub mod training;
 
 pub use error::{Error, Result};
 pub use router::{Router, RouterConfig};

@@ -3,8 +3,12 @@
 
 #[path = "parity/kit.rs"]
 mod kit;
+#[path = "parity/policies.rs"]
+mod policies;
 #[path = "parity/routers.rs"]
 mod routers;
+#[path = "parity/training.rs"]
+mod training;
 
 use nics_core::golden::Kinds;
 
@@ -22,22 +26,22 @@ const KINDS: Kinds = Kinds {
         "router_main",
         "router_main_normalized",
         "router_multi_logits",
+        "uncertainty",
+        "thresholds",
+        "training",
+        "strategies",
+        "sampling",
+        "losses",
     ],
     later: &[
         "decode_loop",
         "evaluation",
         "judge_parse",
-        "losses",
         "mismatch_and_labels",
         "prefill_features",
-        "sampling",
         "sentences",
         "stops",
-        "strategies",
-        "thresholds",
         "token_types",
-        "training",
-        "uncertainty",
     ],
     parts: &["README.md"],
 };

@@ -9,6 +9,7 @@ mod official;
 mod pickle;
 mod refusal;
 
+pub(crate) use native::tensor_bytes;
 pub use native::{
     CARD_FILE, Card, CommonArgs, CurvePoint, LabelStatistics, WEIGHTS_FILE, load, save, tokenizer_hash,
 };

@@ -159,29 +159,7 @@ pub fn save(dir: &Path, router: &Router, card: &Card) -> Result<()> {
             "F32, to be saved",
         ));
     }
-    save_tensors(dir, &router.tensors()?, card)
-}
-
-/// [`save`] of tensors that need not be a router's whole set, e.g. with the embedding.
-fn save_tensors(dir: &Path, tensors: &[(String, Tensor)], card: &Card) -> Result<()> {
-    let mut blobs = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-        let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
-        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-        let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
-        blobs.push((name.as_str(), shape, bytes));
-    }
-    let wrong =
-        |e: safetensors::SafeTensorError| Error::Input(format!("cannot write {}: {e}", dir.display()));
-    let views = blobs
-        .iter()
-        .map(|(name, shape, bytes)| {
-            Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(wrong)?))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(wrong)?;
+    let bytes = tensor_bytes(&dir.join(WEIGHTS_FILE), &router.tensors()?)?;
     let mut card = card.clone();
     card.weights_hash = hash::bytes(&bytes);
     let json = serde_json::to_string_pretty(&card)
@@ -195,6 +173,35 @@ fn save_tensors(dir: &Path, tensors: &[(String, Tensor)], card: &Card) -> Result
     std::fs::write(folder.path().join(CARD_FILE), json + "\n").map_err(io(CARD_FILE))?;
     folder.commit()?;
     Ok(())
+}
+
+/// The bytes of a safetensors file; `path` is for messages alone.
+pub(crate) fn tensor_bytes(path: &Path, tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
+    let wrong = |reason: String| Error::Input(format!("cannot write {}: {reason}", path.display()));
+    let mut blobs = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let dtype = match tensor.kind() {
+            Kind::Float => Dtype::F32,
+            Kind::Double => Dtype::F64,
+            Kind::Int64 => Dtype::I64,
+            Kind::Uint8 => Dtype::U8,
+            other => return Err(wrong(format!("tensor {name} is {other:?}"))),
+        };
+        let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
+        blobs.push((name.as_str(), dtype, shape, bytes));
+    }
+    let views = blobs
+        .iter()
+        .map(|(name, dtype, shape, bytes)| {
+            let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| wrong(e.to_string()))?;
+            Ok((*name, view))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(views, Some(metadata)).map_err(|e| wrong(e.to_string()))
 }
 
 /// Reads a router from a folder that [`save`] wrote. `embedding` is the small model's table, for routers that read

@@ -164,12 +164,12 @@ impl Backbone {
 }
 
 /// The table of Vaswani et al. (2017): sine in even columns, cosine in odd ones, base 10,000. `[rows, width]`.
-fn sinusoids(rows: i64, width: i64) -> Result<Tensor> {
+pub(super) fn sinusoids(rows: i64, width: i64) -> Result<Tensor, tch::TchError> {
     let mut table = vec![0f32; (rows * width) as usize];
     for (at, value) in table.iter_mut().enumerate() {
         let (row, column) = (at as i64 / width, at as i64 % width);
         let angle = row as f64 / 10_000f64.powf((column / 2 * 2) as f64 / width as f64);
         *value = if column % 2 == 0 { angle.sin() } else { angle.cos() } as f32;
     }
-    Ok(Tensor::f_from_slice(&table)?.f_reshape([rows, width])?)
+    Tensor::f_from_slice(&table)?.f_reshape([rows, width])
 }

@@ -16,6 +16,7 @@
 mod backbone;
 mod config;
 mod dense;
+mod init;
 mod int8;
 mod route;
 
