@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Finish, Generator, Prompt, RequestId, Running, Step, Token};
 use crate::models::{Batch, Input, Output};
+use crate::nn::memory::values;
 use crate::seam::{LayerHook, Ragged, SeqId};
 use crate::{Error, Result};
 
@@ -237,10 +238,16 @@ impl Generator<'_> {
             [one] => self.model.logits(one)?,
             several => self.model.logits(&Tensor::f_cat(several, 0)?)?,
         };
-        let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
         into.resize(logits.numel(), 0.0);
+        let vocab = logits.size2()?.1 as usize;
+        // In one pass; libtorch would wake its threads for it, which then spin where the kernels' want to run.
+        if let Some(values) = values(&logits) {
+            values.widen(into);
+            return Ok(vocab);
+        }
+        let logits = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
         logits.f_copy_data(into, logits.numel())?;
-        Ok(logits.size2()?.1 as usize)
+        Ok(vocab)
     }
 }
 
