@@ -30,7 +30,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         bytes += t.numel() * t.kind().elt_size_in_bytes();
         Ok(())
     })?;
-    println!("{:.1} s to make {:.2} GB of {kind:?} weights", start.elapsed().as_secs_f64(), bytes as f64 / 1e9);
+    println!(
+        "{:.1} s to make {:.2} GB of {kind:?} weights",
+        start.elapsed().as_secs_f64(),
+        bytes as f64 / 1e9
+    );
     let limit = nics_kernels::memory::read_bandwidth(&nics_kernels::pool::own(), 1 << 30, 5);
     let _no_grad = tch::no_grad_guard();
     let mut cache = DenseCache::new();
@@ -39,7 +43,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for s in &seqs {
             let ids = Tensor::randint(1000, [context as i64], (Kind::Int64, Device::Cpu));
             let start = Instant::now();
-            model.forward(&Batch::new(Ragged::contiguous(&[(*s, 0, context)]), Input::Ids(&ids)), &mut cache, None)?;
+            model.forward(
+                &Batch::new(Ragged::contiguous(&[(*s, 0, context)]), Input::Ids(&ids)),
+                &mut cache,
+                None,
+            )?;
             println!("prefill of {context}: {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
         }
     }
@@ -48,7 +56,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let rows: Vec<_> = seqs.iter().map(|s| (*s, context + step, 1)).collect();
         let ids = Tensor::randint(1000, [batch as i64], (Kind::Int64, Device::Cpu));
         let start = Instant::now();
-        let out = model.forward(&Batch::new(Ragged::contiguous(&rows), Input::Ids(&ids)), &mut cache, None)?;
+        let out =
+            model.forward(&Batch::new(Ragged::contiguous(&rows), Input::Ids(&ids)), &mut cache, None)?;
         let _ = std::hint::black_box(model.logits(&out.hidden)?);
         times.push(start.elapsed().as_secs_f64());
     }
