@@ -1,8 +1,12 @@
 //! Parity with fixtures of the reference implementation. `NICS_GOLDEN=dir` holds the crate against another set of the
 //! same format.
 
+#[path = "parity/evaluation.rs"]
+mod evaluation;
 #[path = "parity/kit.rs"]
 mod kit;
+#[path = "parity/labels.rs"]
+mod labels;
 #[path = "parity/policies.rs"]
 mod policies;
 #[path = "parity/routers.rs"]
@@ -14,6 +18,13 @@ use nics_core::golden::Kinds;
 
 const KINDS: Kinds = Kinds {
     run: &[
+        "evaluation",
+        "judge_parse",
+        "mismatch_and_labels",
+        "prefill_features",
+        "sentences",
+        "stops",
+        "token_types",
         "route_bf16",
         "route_fp32",
         "router_ckpt",
@@ -33,16 +44,7 @@ const KINDS: Kinds = Kinds {
         "sampling",
         "losses",
     ],
-    later: &[
-        "decode_loop",
-        "evaluation",
-        "judge_parse",
-        "mismatch_and_labels",
-        "prefill_features",
-        "sentences",
-        "stops",
-        "token_types",
-    ],
+    later: &["decode_loop"],
     parts: &["README.md"],
 };
 

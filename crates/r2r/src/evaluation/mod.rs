@@ -1,0 +1,14 @@
+//! Evaluation: prompts, what counts as an answer, and when it is right.
+//!
+//! The rules are the reference implementation's, its oddities included, since published figures depend on them: the first
+//! `\boxed{…}` counts and ends at its first `}`.
+
+mod extract;
+mod mersenne;
+mod prompts;
+
+pub use extract::{
+    AnswerKind, boxed, choice, fenced_code, graded_part, is_correct, last_fenced_code, lone_letter, pass_at_k,
+};
+pub use mersenne::{OptionShuffle, SHUFFLE_SEED};
+pub use prompts::{aime, gpqa, live_code_bench, mmlu_pro};
