@@ -255,3 +255,18 @@ fn a_cache_that_cannot_give_beginnings_serves_without() {
     assert_eq!(stepped.engine.stats().kv_bytes, 0, "nothing is kept for nothing");
     assert_eq!(stepped.engine.cache().bytes(), Bytes::default());
 }
+
+#[test]
+fn a_prompt_that_goes_on_within_a_chunk_reads_up_to_its_end() {
+    let model = Watched::new(decoder("llama"));
+    let mut cache = DenseCache::new();
+    let mut stepped = Stepped::new(&model, &mut cache, TextSettings { exact_prefix: false, ..settings() });
+    stepped.take(&greedy(0, ids(40, 1), 2));
+    stepped.finish();
+    model.taken_calls();
+    stepped.take(&greedy(1, [&ids(40, 1)[..20], &ids(20, 9)].concat(), 1));
+    stepped.finish();
+    let rows: Vec<(i64, usize)> =
+        model.taken_calls().iter().flatten().map(|&(_, first, rows)| (first, rows)).collect();
+    assert_eq!(rows, [(20, 4), (24, 8), (32, 7), (39, 1)]);
+}
