@@ -18,10 +18,12 @@
 //! | [`thresholds`] | from probabilities and labels to a threshold |
 //! | [`losses`], [`training`] | what a router is trained to make small; training with early stopping and exact resume |
 //! | [`policy`] | who chooses a token: the router, measures of uncertainty, a budget, a coin, an oracle |
+//! | [`decode`] | the loop over two models: ragged extensions, events with source and score, usage |
 //! | [`sampling`] | the small model's token |
 //! | [`evaluation`] | prompts, answers, pass@k |
 
 pub mod checkpoint;
+pub mod decode;
 mod error;
 pub mod evaluation;
 pub mod labels;

@@ -1,6 +1,8 @@
 //! Parity with fixtures of the reference implementation. `NICS_GOLDEN=dir` holds the crate against another set of the
 //! same format.
 
+#[path = "parity/decode.rs"]
+mod decode;
 #[path = "parity/evaluation.rs"]
 mod evaluation;
 #[path = "parity/kit.rs"]
@@ -18,6 +20,7 @@ use nics_core::golden::Kinds;
 
 const KINDS: Kinds = Kinds {
     run: &[
+        "decode_loop",
         "evaluation",
         "judge_parse",
         "mismatch_and_labels",
@@ -44,7 +47,7 @@ const KINDS: Kinds = Kinds {
         "sampling",
         "losses",
     ],
-    later: &["decode_loop"],
+    later: &[],
     parts: &["README.md"],
 };
 

@@ -366,7 +366,7 @@ fn archives_with_tricks() {
 fn random_damage_never_panics() {
     use proptest::prelude::*;
     let whole = std::fs::read(
-        nics_core::golden::Golden::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"))
+        nics_core::golden::Golden::at(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"))
             .path("router_ckpt.pt"),
     )
     .unwrap();

@@ -1,0 +1,48 @@
+//! What a reply cost.
+
+use serde::{Deserialize, Serialize};
+
+/// Tokens by who chose them, and what the large model read for its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens that the small model chose.
+    pub small_tokens: u64,
+    /// Tokens that the large model chose; each is one call.
+    pub large_tokens: u64,
+    /// Tokens that the large model read.
+    pub large_read: u64,
+}
+
+impl Usage {
+    /// All tokens.
+    pub fn tokens(&self) -> u64 {
+        self.small_tokens + self.large_tokens
+    }
+
+    /// Share of the large model's tokens; 0 when there are none at all.
+    pub fn large_share(&self) -> f64 {
+        if self.tokens() == 0 { 0.0 } else { self.large_tokens as f64 / self.tokens() as f64 }
+    }
+
+    /// Mean parameters a token as published figures have it: a token counts the model that chose it,
+    /// `(N_s P_s + N_l P_l) / N`. In the unit of `small` and `large`.
+    pub fn exclusive_parameters(&self, small: f64, large: f64) -> f64 {
+        let share = self.large_share();
+        (1.0 - share) * small + share * large
+    }
+
+    /// Mean parameters a token that really run: `P_s + r P_l + P_router`; the small model and the router see every token.
+    pub fn additive_parameters(&self, small: f64, large: f64, router: f64) -> f64 {
+        small + self.large_share() * large + router
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            small_tokens: self.small_tokens + other.small_tokens,
+            large_tokens: self.large_tokens + other.large_tokens,
+            large_read: self.large_read + other.large_read,
+        }
+    }
+}
