@@ -1,7 +1,7 @@
 //! From probabilities and labels to a threshold.
 //!
 //! A router is used at the threshold that asks the large model least often among those that still catch enough of the
-//! divergent tokens ([`at_recall`]). The other rules are the reference implementation's alternatives.
+//! divergent tokens ([`Scored::at_recall`]). The other rules are the reference implementation's alternatives.
 
 use crate::checkpoint::CurvePoint;
 use crate::policy::Hysteresis;

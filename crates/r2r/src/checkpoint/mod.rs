@@ -8,6 +8,7 @@ mod native;
 mod official;
 mod pickle;
 mod refusal;
+mod tree;
 
 pub(crate) use native::tensor_bytes;
 pub use native::{

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::archive::Archive;
-use super::pickle::{self, StorageKind, TensorRef, Tree};
+use super::pickle;
+use super::tree::{StorageKind, TensorRef, Tree};
 use super::{Card, CommonArgs, Refusal};
 use crate::router::{Architecture, Router, RouterConfig, Storage};
 use crate::{Error, Result};

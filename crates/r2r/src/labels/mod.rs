@@ -1,6 +1,6 @@
 //! The rules by which labels are made, as functions of plain values.
 //!
-//! A response of the large model is read by the small one ([`features`]). Where the small model would have written
+//! A response of the large model is read by the small one ([`prefill_features`]). Where the small model would have written
 //! another token ([`mismatches`]), the large model continues from that token for a sentence or two ([`stops`]), a judge
 //! compares the sentence with what the large model wrote itself ([`sentences`], [`judge`]), and its word becomes the label
 //! of the row that predicted the token ([`assemble`]).

@@ -27,8 +27,8 @@ use std::collections::HashMap;
 use tch::Tensor;
 
 pub use budget::{Budget, BudgetState, STEP};
-pub use fixed::{AlwaysLarge, AlwaysSmall, Oracle, Random};
-pub use neural::{Neural, NeuralRolling};
+pub use fixed::{AlwaysLarge, AlwaysSmall, Foresight, Oracle, Random};
+pub use neural::{Neural, NeuralRolling, SharedRouter};
 pub use rolling::{DuoRolling, Entropy, Hysteresis, Immediate, Momentum, Rolling};
 
 use crate::{Error, Result};

@@ -1,5 +1,6 @@
 //! Weights in 8-bit integers with a scale for each row, made into float32 as they are read.
 
+use nics_core::nn::memory::floats;
 use nics_kernels::Pool;
 use tch::{Device, Kind, Tensor};
 
@@ -35,9 +36,7 @@ pub fn product(
     y: &mut Tensor,
     input: usize,
 ) -> Result<()> {
-    let floats = |t: &Tensor| nics_core::nn::memory::floats(t).map(<[f32]>::to_vec);
-    let (Some(xs), Some(scale), Some(bias)) = (nics_core::nn::memory::floats(x), floats(scale), floats(bias))
-    else {
+    let (Some(xs), Some(scale), Some(bias)) = (floats(x), floats(scale), floats(bias)) else {
         return Err(Error::Input("int8 weights take float32 rows on the CPU, without gradients".into()));
     };
     let out = scale.len();

@@ -48,11 +48,6 @@ impl Pickle {
         self.raw(b".").0
     }
 
-    /// An end while other values are still on the stack.
-    pub fn end_of_many(self) -> Vec<u8> {
-        self.end()
-    }
-
     fn ints(self, values: &[i64]) -> Self {
         values.iter().fold(self.mark(), |p, &v| p.int(v)).tuple()
     }

@@ -163,28 +163,7 @@ fn pickles_that_break_off_or_contradict_themselves() {
 
 #[test]
 fn bombs() {
-    // Lists of twice the one before: 2^24 values from some hundred bytes.
-    let mut p = Pickle::new().raw(b"]q\x00");
-    for i in 0..24u8 {
-        p = p.raw(b"]q").raw(&[i + 1]).raw(b"h").raw(&[i]).raw(b"ah").raw(&[i]).raw(b"a");
-    }
-    refused("doubled lists", &checkpoint(&p.end_of_many(), &[]), &["damaged"]);
-    let mut p = Pickle::new().raw(b"]");
-    for i in 0..24u8 {
-        p = p
-            .raw(b"q")
-            .raw(&[i])
-            .raw(b"]h")
-            .raw(&[i])
-            .raw(b"ah")
-            .raw(&[i])
-            .raw(b"aq")
-            .raw(&[i + 1])
-            .raw(b"\x85");
-    }
-    let text = refusal(&checkpoint(&p.end_of_many(), &[])).to_string();
-    assert!(text.contains("nested") || text.contains("more than") || text.contains("damaged"), "{text}");
-    // Doubling that ends in one value.
+    // Each tuple holds the one before twice: 2^40 values from some hundred bytes.
     let mut p = Pickle::new().text("x").raw(b"q\x00");
     for i in 0..40u8 {
         p = p.raw(b"h").raw(&[i]).raw(b"\x86q").raw(&[i + 1]);
