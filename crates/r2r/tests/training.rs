@@ -106,6 +106,36 @@ fn a_run_stopped_at_any_step_ends_with_the_same_weights() {
     }
 }
 
+/// A run that ends without a word goes on from its last saved state, not from where it was.
+#[test]
+fn a_run_that_died_between_saved_states_ends_with_the_same_weights() {
+    let mut whole = router();
+    let expected = run(&mut whole, None, Hooks::default()).unwrap();
+    for die_at in [1usize, 2, 5, 10, 14, 38] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut steps = 0;
+        let mut step = |_, _, _, _| {
+            steps += 1;
+            assert!(steps < die_at, "killed on purpose");
+        };
+        let hooks = Hooks { step: Some(&mut step), ..Hooks::default() };
+        let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(&mut router(), Some(dir.path()), hooks)
+        }));
+        assert!(died.is_err());
+        let mut resumed = router();
+        let mut taken = 0;
+        let mut count = |_, _, _, _| taken += 1;
+        let hooks = Hooks { step: Some(&mut count), ..Hooks::default() };
+        let outcome = run(&mut resumed, Some(dir.path()), hooks).unwrap();
+        assert!(same(&whole, &resumed), "died at {die_at}");
+        assert_eq!(outcome.epochs, expected.epochs);
+        // Ten steps an epoch, a state after every third and at the end.
+        let saved = (die_at - 1) / 10 * 10 + ((die_at - 1) % 10) / 3 * 3;
+        assert_eq!(taken, 60 - saved, "died at {die_at}");
+    }
+}
+
 #[test]
 fn the_folder_of_another_run_is_refused() {
     let dir = tempfile::tempdir().unwrap();
