@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use nics_core::cache::DenseCache;
 use nics_core::device::{dtype_name, set_threads};
-use nics_core::generate::{Generator, Request, collect};
+use nics_core::generate::{Request, collect};
 use nics_core::models::{Decoder, Model};
 use nics_core::server::{Driver, Phase, ServerConfig, TextEngine, TextSettings, spawn, start};
 use tch::Kind;
@@ -98,8 +98,7 @@ fn measure(settings: &Settings, shape: &Shape, kind: Kind, clients: &[usize]) ->
 /// Greedy replies by the generator alone, its prompts read as the engine reads them.
 fn generate(model: &Decoder, prompts: &[Vec<u32>], tokens: usize) -> Result<Vec<Vec<u32>>> {
     let mut cache = DenseCache::new();
-    let chunk = TextSettings::default().prefill_chunk;
-    let mut generator = Generator::new(model, &mut cache).with_prefill_chunk(chunk).isolate_prompts(true);
+    let mut generator = TextSettings::default().generator(model, &mut cache);
     let requests = prompts.iter().map(|p| Request::greedy(p.clone(), tokens, &[]));
     Ok(collect(&mut generator, requests, prompts.len())?)
 }

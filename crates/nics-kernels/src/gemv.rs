@@ -23,12 +23,12 @@ const OUTPUTS: usize = 8;
 const ROWS: usize = 4;
 /// Channels whose part of x (16 KiB at most) and weights (8 KiB) stay in the first cache for all rows and outputs.
 const CHANNELS: usize = 512;
-/// Bytes of a row of weights up to which prefetching by hand pays.
-const SHORT_ROW: usize = 4096;
-/// Bytes of weights that a task reads, at most about: what a task reads ahead ends with it.
-const TASK_BYTES: usize = 1 << 20;
-/// Tasks of a call for each thread, so that a thread that is late does not keep the others waiting.
-const TASKS: usize = 4;
+/// Bytes by which the weights of a single group of rows are prefetched ahead of what is read.
+const AHEAD: usize = 512;
+/// Bytes of weights that a task reads, at most and at least about. Tasks become smaller towards the end of a matrix, so that
+/// threads end together; what a task reads ahead ends with it, so small ones cost more.
+const MOST_BYTES: usize = 1 << 20;
+const LEAST_BYTES: usize = 64 << 10;
 
 /// One matrix of a call.
 #[derive(Debug)]
@@ -47,8 +47,12 @@ struct Target<'a> {
     bias: Option<Values<'a>>,
     y: Pointer,
     out: usize,
-    first_task: usize,
-    outputs_per_task: usize,
+}
+
+/// Some outputs of one product.
+struct Task {
+    target: usize,
+    outputs: Range<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -95,19 +99,25 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
     if input == 0 {
         return;
     }
-    let bytes: usize = products.iter().map(|p| p.weight.len() * p.weight.kind().size()).sum();
-    let task_bytes = (bytes / (TASKS * pool.threads())).min(TASK_BYTES);
-    let mut tasks = 0;
+    let mut tasks: Vec<Task> = Vec::new();
     let targets: Vec<Target> = products
         .iter_mut()
-        .map(|p| {
+        .enumerate()
+        .map(|(i, p)| {
             let out = p.y.len() / rows;
             assert_eq!(p.y.len(), out * rows, "results are not {rows} rows");
             assert_eq!(p.weight.len(), out * input, "the weight is not [{out}, {input}]");
             assert!(p.bias.is_none_or(|b| b.len() == out), "the bias is not [{out}]");
             let row_bytes = input * p.weight.kind().size();
-            let outputs_per_task = (task_bytes / row_bytes).next_multiple_of(OUTPUTS).max(OUTPUTS);
-            let target = Target {
+            let (least, most) = ((LEAST_BYTES / row_bytes).max(1), (MOST_BYTES / row_bytes).max(1));
+            let mut first = 0;
+            while first < out {
+                let share = (out - first) / (2 * pool.threads());
+                let end = out.min(first + share.clamp(least, most.max(least)).next_multiple_of(OUTPUTS));
+                tasks.push(Task { target: i, outputs: first..end });
+                first = end;
+            }
+            Target {
                 weight: p.weight,
                 bias: p.bias,
                 y: match &mut p.y {
@@ -116,11 +126,7 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
                     ValuesMut::F16(y) => Pointer::F16(y.as_mut_ptr()),
                 },
                 out,
-                first_task: tasks,
-                outputs_per_task,
-            };
-            tasks += out.div_ceil(outputs_per_task);
-            target
+            }
         })
         .collect();
     WIDENED.with(|buffer| {
@@ -136,13 +142,11 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
             }
         }
         let buffer = &*buffer;
-        pool.run(tasks, &|task| {
-            let at = targets.partition_point(|t| t.first_task <= task) - 1;
-            let target = &targets[at];
+        pool.run(tasks.len(), &|task| {
+            let Task { target, outputs } = &tasks[task];
+            let (target, outputs) = (&targets[*target], outputs.clone());
             let from = layouts.iter().find(|(p, _)| *p == target.paired()).map_or(0, |(_, from)| *from);
             let x = Widened { values: Line::values(&buffer[from..]), rows, input };
-            let first = (task - target.first_task) * target.outputs_per_task;
-            let outputs = first..(first + target.outputs_per_task).min(target.out);
             each_kind!(target.weight, Values, w => match isa {
                 Isa::Scalar => block::<Plain, _>(w, &x, target, outputs),
                 #[cfg(target_arch = "x86_64")]
@@ -271,14 +275,25 @@ struct Turn<'a, W> {
 }
 
 impl<W> Turn<'_, W> {
-    /// Which of the lines of a step. A single group of rows leaves long rows of weights to the processor, which sees by
-    /// itself what comes next within a row, but not from short row to short row.
+    /// Which of the lines of a step of the next outputs, when several groups of rows take turns.
     #[inline(always)]
-    fn lines(&self, of_step: usize, input: usize) -> Range<usize> {
-        if self.next.is_empty() || (self.groups == 1 && input * size_of::<W>() > SHORT_ROW) {
+    fn lines(&self, of_step: usize) -> Range<usize> {
+        if self.next.is_empty() || self.groups == 1 {
             return 0..0;
         }
         of_step * self.group / self.groups..of_step * (self.group + 1) / self.groups
+    }
+
+    /// For a single group of rows: how many weights ahead of channel `at` of a row to prefetch, a little further in the same
+    /// row or, near its end, at the beginning of the row that follows it in the next outputs.
+    #[inline(always)]
+    fn ahead(&self, at: usize, input: usize) -> Option<usize> {
+        let ahead = AHEAD / size_of::<W>();
+        match self.groups {
+            1 if at + ahead < input => Some(ahead),
+            1 if !self.next.is_empty() => Some(ahead + (OUTPUTS - 1) * input),
+            _ => None,
+        }
     }
 }
 
@@ -320,9 +335,16 @@ fn add<L: Lanes, W: Weight, const O: usize, const R: usize>(
         }
         let rows = panel.as_ptr().add(row * CHANNELS);
         let ahead = turn.next.as_ptr().wrapping_add(at * x.input + from * O).cast::<u8>();
-        let lines = turn.lines(O * step * size_of::<W>() / 64, x.input);
+        let lines = turn.lines(O * step * size_of::<W>() / 64);
         let mut i = 0;
         while i < whole {
+            if let Some(ahead) = turn.ahead(from + i, x.input) {
+                for weights in &weights {
+                    for line in 0..step * size_of::<W>() / 64 {
+                        L::prefetch(weights.wrapping_add(i + ahead).cast::<u8>().wrapping_add(line * 64));
+                    }
+                }
+            }
             for line in lines.clone() {
                 L::prefetch(ahead.wrapping_add(i * O * size_of::<W>() + line * 64));
             }
