@@ -247,7 +247,8 @@ pub fn set_threads(threads: Option<usize>) -> Result<usize> {
         Some(n) => return Err(Error::input(format!("{n} threads: give 1 to {MAX_THREADS}"))),
     };
     tch::set_num_threads(n as i32);
-    nics_kernels::pool::set_threads(n).map_err(|e| Error::Input(format!("{n} threads: the system refuses one: {e}")))?;
+    nics_kernels::pool::set_threads(n)
+        .map_err(|e| Error::Input(format!("{n} threads: the system refuses one: {e}")))?;
     Ok(n)
 }
 

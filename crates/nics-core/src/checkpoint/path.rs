@@ -14,7 +14,6 @@ use super::source::{Origin, Source};
 /// the shape. A refusal is a [`CheckpointError::Transform`].
 pub type Transform = dyn Fn(&str, Tensor) -> Result<Tensor, CheckpointError> + Send + Sync;
 
-
 /// A place in a checkpoint, e.g. `model.layers.0.mlp`, from which tensors are read; cheap to clone.
 ///
 /// Behind it stand files ([`Checkpoint::root`](super::Checkpoint::root)), a seeded initialiser
