@@ -30,7 +30,7 @@ pub enum Method {
 /// `{query}` and `{limit}` stand for the query and the number of results, in the endpoint (escaped) and in the texts of
 /// the body; a text that is `{limit}` alone becomes a number.
 ///
-/// ```
+/// ```no_run,standalone_crate
 /// use megrez::agent::HttpSettings;
 ///
 /// let settings = HttpSettings::parse(r#"
