@@ -27,7 +27,7 @@ use tch::{Device, Kind, Tensor};
 pub use large::{LargeModel, LargeRequest, LargeToken, LocalLarge};
 pub use usage::Usage;
 
-use crate::policy::{Decision, Policy, Sequence, StepView};
+use crate::policy::{Decision, Policy, Sequence, Settings, StepView};
 use crate::sampling::SmallSampling;
 use crate::{Error, Result};
 
@@ -49,13 +49,23 @@ pub struct Request {
     pub large: Sampling,
     /// Seed of the small model's draws; the large model's is in `large`.
     pub seed: u64,
+    /// What the policy is to do differently for this text.
+    pub settings: Settings,
 }
 
 impl Request {
     /// Both models take their likeliest token.
     pub fn greedy(prompt: Vec<u32>, max_new_tokens: usize, eos: &[u32]) -> Self {
         let (small, large) = (SmallSampling::default(), Sampling::default());
-        Self { prompt, max_new_tokens, eos: eos.to_vec(), small, large, seed: 0 }
+        Self {
+            prompt,
+            max_new_tokens,
+            eos: eos.to_vec(),
+            small,
+            large,
+            seed: 0,
+            settings: Settings::default(),
+        }
     }
 }
 
@@ -159,11 +169,16 @@ impl<'m> Decoder<'m> {
         }
         let limit = request.max_new_tokens.min(self.context - len);
         let finish_at_limit = if limit == request.max_new_tokens { Finish::Length } else { Finish::Context };
-        self.large.open(sequence, len + limit, &request.large, self.vocab)?;
+        self.policy.open(sequence, &request.settings)?;
+        if let Err(e) = self.large.open(sequence, len + limit, &request.large, self.vocab) {
+            self.policy.close(sequence);
+            return Err(e);
+        }
         let seq = match self.cache.open(len + limit) {
             Ok(seq) => seq,
             Err(e) => {
                 self.large.close(sequence);
+                self.policy.close(sequence);
                 return Err(e.into());
             }
         };

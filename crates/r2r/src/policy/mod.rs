@@ -24,6 +24,7 @@ pub mod uncertainty;
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 pub use budget::{Budget, BudgetState, STEP};
@@ -57,10 +58,44 @@ pub struct Decision {
     pub score: f32,
 }
 
+/// What a policy is to do differently for one sequence; what is absent stays as the policy was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// What the policy's score is held against, in the score's own unit. Not together with a target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    /// The share of this sequence's tokens that the large model is to choose, 0 to 1.
+    #[serde(rename = "target_llm_ratio", skip_serializing_if = "Option::is_none")]
+    pub target: Option<f64>,
+}
+
+impl Settings {
+    /// Nothing different.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// Decides for each row whether the large model chooses its token.
 pub trait Policy: Send {
     /// Its name in results, e.g. `neural`.
     fn name(&self) -> &'static str;
+
+    /// Begins a sequence with settings of its own. One that is not opened has the policy's.
+    ///
+    /// # Errors
+    /// Settings that the policy does not have, or out of range: [`Error::Setting`] that names the field.
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        let _ = sequence;
+        let wrong = |field, value: Option<f64>| {
+            value.map(|v| Error::setting(field, v, format!("nothing: the {} policy has none", self.name())))
+        };
+        match wrong("threshold", settings.threshold).or(wrong("target_llm_ratio", settings.target)) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
 
     /// A decision for each row of `step`, which belong to `sequences`, in their order. Each sequence occurs once, and a
     /// call is one step of each.
