@@ -58,6 +58,16 @@ pub enum DatasetError {
         /// What was found and what was expected.
         reason: String,
     },
+    /// A setting of a generated task that makes no sense.
+    #[error("{field} is {found}, expected {expected}")]
+    Setting {
+        /// Its name.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
     /// A file without a row.
     #[error("{} has no rows", .0.display())]
     Empty(PathBuf),

@@ -1,5 +1,6 @@
 //! Loaders of public benchmarks and generators of the synthetic tasks behind the nano checkpoints.
 //!
+//! - [`ring`]: arithmetic modulo a number, worked in words that have synonyms, generated without end from a seed.
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
 //! - [`gsm8k`], [`arithmetic()`]: GSM8K and tables in its form as [`Arithmetic`] problems.
@@ -21,6 +22,7 @@ mod arithmetic;
 mod choice;
 mod error;
 mod layout;
+pub mod ring;
 mod table;
 pub mod word_problems;
 

@@ -47,10 +47,14 @@ impl Split {
 
     /// The split that the computation of `plan` on `numbers` belongs to.
     pub fn of(plan: Plan, numbers: &[i64]) -> Self {
+        Self::of_bytes(plan.name().bytes().chain(numbers.iter().flat_map(|n| n.to_le_bytes())))
+    }
+
+    /// The split of a computation that is written as bytes.
+    pub(crate) fn of_bytes(bytes: impl Iterator<Item = u8>) -> Self {
         // FNV-1a: fixed for good, unlike the standard library's hasher, so that a checkpoint's test set stays its test
         // set. The final mix is there because the low bits of FNV alone follow the low bits of the last number.
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let bytes = plan.name().bytes().chain(numbers.iter().flat_map(|n| n.to_le_bytes()));
         for byte in bytes {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         }
@@ -198,11 +202,11 @@ impl ExactSizeIterator for Generate {}
 
 /// Draws from the raw output of ChaCha, whose values are fixed by its definition; how a random-number crate maps them
 /// to ranges may change with its releases, and a test set must not.
-pub(crate) struct Draws(ChaCha8Rng);
+pub(crate) struct Draws(pub(crate) ChaCha8Rng);
 
 impl Draws {
     /// A number in `low..=high`.
-    fn between(&mut self, low: i64, high: i64) -> i64 {
+    pub(crate) fn between(&mut self, low: i64, high: i64) -> i64 {
         let width = (high - low + 1).cast_unsigned();
         // The bias of the remainder is below 2^-50 for the widths used here.
         low + (self.0.next_u64() % width).cast_signed()
