@@ -26,6 +26,8 @@ enum Command {
     /// Answer OpenAI's API over HTTP
     #[cfg(feature = "serve")]
     Serve(commands::serve::Serve),
+    /// Measure what a pair costs and whether routing can be faster
+    Bench(commands::bench::Bench),
     /// Train the tiny models of the nano study
     Pair(commands::pair::Pair),
     /// What routing is worth on the nano task, beside everything it is held against
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Command::Chat(command) => command.run(),
         #[cfg(feature = "serve")]
         Command::Serve(command) => command.run(),
+        Command::Bench(command) => command.run(cli.log.quiet),
         Command::Pair(command) => command.run(cli.log.quiet),
         Command::Study(command) => command.run(cli.log.quiet),
     })

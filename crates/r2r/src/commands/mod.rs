@@ -1,5 +1,6 @@
 //! The subcommands: parse, call the library, print.
 
+pub mod bench;
 pub mod chat;
 pub mod generate;
 mod large;
