@@ -122,6 +122,66 @@ pub enum Error {
         /// The token's text.
         token: String,
     },
+    /// A server did not answer in time.
+    #[error("{url} gave no answer within {seconds} s, in {calls} calls")]
+    RemoteTimeout {
+        /// The server.
+        url: String,
+        /// Calls made.
+        calls: usize,
+        /// The time that each had.
+        seconds: f64,
+    },
+    /// A server cannot be reached, or breaks the connection.
+    #[error("{url} cannot be reached, in {calls} calls: {reason}")]
+    RemoteUnreachable {
+        /// The server.
+        url: String,
+        /// Calls made.
+        calls: usize,
+        /// The last call's failure.
+        reason: String,
+    },
+    /// A server says no.
+    #[error("{url} refuses with status {status}, in {calls} calls: {message}")]
+    RemoteRefused {
+        /// The server.
+        url: String,
+        /// Calls made.
+        calls: usize,
+        /// Its status.
+        status: u16,
+        /// Its words.
+        message: String,
+    },
+    /// A server's reply makes no sense.
+    #[error("{url} gave a reply that makes no sense, in {calls} calls: {reason}")]
+    RemoteProtocol {
+        /// The server.
+        url: String,
+        /// Calls made.
+        calls: usize,
+        /// What is wrong with the last reply.
+        reason: String,
+    },
+    /// A server's model has another tokenizer than the small model.
+    #[error(
+        "the model on {url} has another tokenizer than the small model: {text:?} is {theirs:?} there and {ours:?} here, so \
+         tokens would not mean the same"
+    )]
+    RemoteTokenizer {
+        /// The server.
+        url: String,
+        /// The probe.
+        text: String,
+        /// Its ids there.
+        theirs: Vec<u32>,
+        /// Its ids here.
+        ours: Vec<u32>,
+    },
+    /// Labels cannot be made, or are not what they should be.
+    #[error("{0}")]
+    Label(#[from] crate::labels::pipeline::LabelError),
     /// A caller handed over something that the operation does not take.
     #[error("{0}")]
     Input(String),

@@ -1,15 +1,12 @@
-//! The large model, wherever it is.
+//! The large model, wherever it is: asked now, answering when it can.
 
-use std::collections::HashMap;
+use std::time::Duration;
 
-use nics_core::cache::DenseCache;
-use nics_core::models::{Batch, Input, Model};
-use nics_core::sampling::{Sampler, Sampling};
-use nics_core::seam::{KvCache, Ragged, SeqId};
-use tch::{Kind, Tensor};
+use nics_core::sampling::Sampling;
 
+use super::Traffic;
+use crate::Result;
 use crate::policy::Sequence;
-use crate::{Error, Result};
 
 /// A sequence that wants its next token from the large model.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +15,7 @@ pub struct LargeRequest<'a> {
     pub sequence: Sequence,
     /// All of its tokens, prompt and accepted ones.
     pub ids: &'a [u32],
-    /// How many of them the large model has seen.
+    /// How many of them the large model had when it last answered.
     pub seen: usize,
 }
 
@@ -33,10 +30,24 @@ pub struct LargeToken {
     pub read: usize,
 }
 
-/// Gives tokens to sequences that lag behind by different lengths, a batch at a time.
+/// The answer to one sequence.
+pub type Answer = (Sequence, Result<LargeToken>);
+
+/// What the large model is to read before it is asked, so that its first token and those after long stretches of the small
+/// model's come sooner.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadAhead {
+    /// Each prompt, as soon as its request comes.
+    pub prompt: bool,
+    /// What was written, whenever it is so many tokens behind.
+    pub window: Option<usize>,
+}
+
+/// Gives tokens to sequences that lag behind by different lengths.
 ///
-/// Its cache holds a sequence up to what it has seen and never more: a token that it returned is read with the tokens
-/// after it, at its next call.
+/// [`ask`](Self::ask) and [`answers`](Self::answers) are apart so that sequences which are not waiting go on meanwhile.
+/// What has been asked is answered once, in any order, unless the sequence is closed before. Its cache holds a sequence up
+/// to what it has seen and never more: a token that it returned is read with the tokens after it, at its next call.
 pub trait LargeModel {
     /// Ids below this are in its vocabulary.
     fn vocab(&self) -> usize;
@@ -44,7 +55,13 @@ pub trait LargeModel {
     /// The most tokens of a sequence.
     fn context(&self) -> usize;
 
-    /// Makes room for a sequence of at most `max_tokens`, whose tokens are chosen by `sampling` among ids below `vocab`.
+    /// What it likes to read ahead of being asked.
+    fn read_ahead(&self) -> ReadAhead {
+        ReadAhead::default()
+    }
+
+    /// Makes room for a sequence of at most `max_tokens`, whose tokens are chosen by `sampling` among ids below `vocab`. The
+    /// token behind `n` ids is drawn with [`seed_at`]`(sampling.seed, n)`, so that an answer asked for again is the same.
     fn open(
         &mut self,
         sequence: Sequence,
@@ -53,133 +70,57 @@ pub trait LargeModel {
         vocab: usize,
     ) -> Result<()>;
 
-    /// The next token of each request, in their order. On an error no request has been answered, and the same call may be
-    /// made again.
-    fn next(&mut self, requests: &[LargeRequest]) -> Result<Vec<LargeToken>>;
+    /// A hint that these tokens will be needed: it may read them now. What fails here shows when the sequence asks.
+    fn warm(&mut self, request: &LargeRequest) {
+        let _ = request;
+    }
 
-    /// Forgets a sequence; an unknown one is ignored.
+    /// Asks for the next token of each request. A sequence asks again only when it has been answered.
+    ///
+    /// # Errors
+    /// None of the requests has been asked.
+    fn ask(&mut self, requests: &[LargeRequest]) -> Result<()>;
+
+    /// The answers that are there, waiting at most `wait` for the first. A model that computes in this thread does so here
+    /// whatever `wait` is, and may return nothing while it reads a long prompt. An error beside a sequence is that
+    /// sequence's alone.
+    ///
+    /// # Errors
+    /// What no single sequence can be held to. Nothing is lost: the same answers come with a later call.
+    fn answers(&mut self, wait: Duration) -> Result<Vec<Answer>>;
+
+    /// Forgets a sequence, answered or not; an unknown one is ignored.
     fn close(&mut self, sequence: Sequence);
-}
 
-struct Open {
-    seq: SeqId,
-    sampler: Sampler,
-    vocab: usize,
-}
-
-/// A large model in this process.
-pub struct LocalLarge<'m> {
-    model: &'m dyn Model,
-    cache: DenseCache,
-    open: HashMap<Sequence, Open>,
-}
-
-impl<'m> LocalLarge<'m> {
-    /// Over a loaded model.
-    pub fn new(model: &'m dyn Model) -> Self {
-        Self { model, cache: DenseCache::new(), open: HashMap::new() }
-    }
-
-    fn logits(&mut self, requests: &[LargeRequest]) -> Result<Tensor> {
-        let (mut rows, mut ids) = (Vec::with_capacity(requests.len()), Vec::new());
-        for request in requests {
-            let new = request.ids.get(request.seen..).filter(|new| !new.is_empty()).ok_or_else(|| {
-                let (seen, len) = (request.seen, request.ids.len());
-                Error::Input(format!(
-                    "sequence {}: {seen} of {len} tokens were seen, none is new",
-                    request.sequence.0
-                ))
-            })?;
-            let open = self.open.get(&request.sequence).ok_or_else(|| unknown(request.sequence))?;
-            let kept = self.cache.kept(open.seq, 0);
-            if kept != request.seen {
-                return Err(Error::Input(format!(
-                    "sequence {}: the large model has {kept} tokens, {} were said to be seen",
-                    request.sequence.0, request.seen
-                )));
-            }
-            rows.push((open.seq, request.seen, new.len()));
-            ids.extend(new.iter().map(|&id| i64::from(id)));
-        }
-        let rows = Ragged::contiguous(&rows);
-        let last = Tensor::f_from_slice(&rows.last_rows())?.f_to_device(self.model.dims().device)?;
-        let input = Tensor::f_from_slice(&ids)?.f_to_device(self.model.dims().device)?;
-        let out = self.model.forward(&Batch::new(rows, Input::Ids(&input)), &mut self.cache, None)?;
-        let logits = self.model.logits(&out.hidden.f_index_select(0, &last)?)?;
-        Ok(logits.f_to_kind(Kind::Float)?.f_to_device(tch::Device::Cpu)?)
-    }
-
-    fn answer(&mut self, requests: &[LargeRequest]) -> Result<Vec<LargeToken>> {
-        let logits = self.logits(requests)?;
-        let mut tokens = Vec::with_capacity(requests.len());
-        for (row, request) in requests.iter().enumerate() {
-            let mut logits: Vec<f32> = Vec::try_from(logits.f_get(row as i64)?)?;
-            let open = self.open.get_mut(&request.sequence).ok_or_else(|| unknown(request.sequence))?;
-            // Rows of padding behind the vocabulary that both models share are nobody's tokens.
-            logits.truncate(open.vocab);
-            let token = open.sampler.choose(&mut logits)?.token;
-            tokens.push(LargeToken { token, cached: request.seen, read: request.ids.len() - request.seen });
-        }
-        Ok(tokens)
+    /// What its calls have cost so far; `None` for a model in this process.
+    fn traffic(&self) -> Option<Traffic> {
+        None
     }
 }
 
-fn unknown(sequence: Sequence) -> Error {
-    Error::Input(format!("sequence {} was not opened with the large model", sequence.0))
+/// The seed of the draw behind `position` ids of a sequence with this seed: 31 bits, which every server takes.
+pub fn seed_at(seed: u64, position: usize) -> u64 {
+    // SplitMix64 (Steele, Lea & Flood, 2014), twice, so that neither neighbouring seeds nor neighbouring places are alike.
+    let mix = |x: u64| {
+        let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    };
+    mix(mix(seed) ^ position as u64) >> 33
 }
 
-impl LargeModel for LocalLarge<'_> {
-    fn vocab(&self) -> usize {
-        self.model.dims().vocab as usize
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn context(&self) -> usize {
-        self.model.dims().context
-    }
-
-    fn open(
-        &mut self,
-        sequence: Sequence,
-        max_tokens: usize,
-        sampling: &Sampling,
-        vocab: usize,
-    ) -> Result<()> {
-        if self.open.contains_key(&sequence) {
-            return Err(Error::Input(format!("sequence {} is open already", sequence.0)));
-        }
-        if sampling.penalize_prompt && (sampling.repetition_penalty - 1.0).abs() > f32::EPSILON {
-            return Err(Error::setting(
-                "repetition_penalty",
-                sampling.repetition_penalty,
-                "1: a penalty would see the large model's own tokens alone",
-            ));
-        }
-        let sampler = Sampler::new(sampling.clone(), &[])?;
-        let seq = self.cache.open(max_tokens)?;
-        self.open.insert(sequence, Open { seq, sampler, vocab });
-        Ok(())
-    }
-
-    fn next(&mut self, requests: &[LargeRequest]) -> Result<Vec<LargeToken>> {
-        if requests.is_empty() {
-            return Ok(Vec::new());
-        }
-        let _guard = tch::no_grad_guard();
-        let result = self.answer(requests);
-        if result.is_err() {
-            // Layers before the one that failed have taken the rows in.
-            for request in requests {
-                if let Some(open) = self.open.get(&request.sequence) {
-                    self.cache.truncate(open.seq, request.seen)?;
-                }
-            }
-        }
-        result
-    }
-
-    fn close(&mut self, sequence: Sequence) {
-        if let Some(open) = self.open.remove(&sequence) {
-            self.cache.close(open.seq);
-        }
+    #[test]
+    fn seeds_differ_by_place_and_fit_31_bits() {
+        let mut all: Vec<u64> = (0..40).flat_map(|s| (0..40).map(move |p| seed_at(s, p))).collect();
+        assert!(all.iter().all(|&s| s < 1 << 31));
+        assert_eq!(seed_at(7, 11), seed_at(7, 11));
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 1600);
     }
 }

@@ -8,31 +8,38 @@
 //! ```
 //!
 //! The small model never computes keys and values of a token that was not accepted, and the large one has those of exactly
-//! the tokens that it has seen: both caches only grow, and nothing is rolled back. A step takes every live sequence one
-//! token further; those that are routed share one call of the large model, however far each lags behind. A prompt is read
-//! in calls of its own, so what is being read does not change what is being written.
+//! the tokens that it has seen: both caches only grow, and nothing is rolled back. A step takes every sequence that is not
+//! waiting one token further. Those that are routed ask the large model together, however far each lags behind; one in this
+//! process answers within the step, one on a server when it can, and the others go on meanwhile. A prompt is read in calls
+//! of its own, a chunk a step, so what is being read neither changes what is being written nor holds it up for long.
 
 mod large;
+mod local;
+mod step;
 mod usage;
+
+use std::collections::HashMap;
 
 use nics_core::cache::DenseCache;
 pub use nics_core::generate::Finish;
-use nics_core::models::{Batch, Input, Model};
+use nics_core::models::Model;
 use nics_core::sampling::Sampling;
-use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::seam::{KvCache, SeqId};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use tch::{Device, Kind, Tensor};
+use serde::{Deserialize, Serialize};
 
-pub use large::{LargeModel, LargeRequest, LargeToken, LocalLarge};
-pub use usage::Usage;
+pub use large::{Answer, LargeModel, LargeRequest, LargeToken, ReadAhead, seed_at};
+pub use local::LocalLarge;
+pub(crate) use local::check_sampling;
+pub use usage::{Traffic, Usage};
 
-use crate::policy::{Decision, Policy, Sequence, Settings, StepView};
+use crate::policy::{Decision, Policy, Sequence, Settings};
 use crate::sampling::SmallSampling;
 use crate::{Error, Result};
 
-/// Prompt rows that the small model reads at once.
-const CHUNK: usize = 1024;
+/// Rows of prompts that either model reads in a step at most, beside the rows of those that write.
+pub const CHUNK: usize = 512;
 
 /// A text to be continued.
 #[derive(Debug, Clone)]
@@ -96,8 +103,30 @@ pub struct TokenEvent {
     pub source: Source,
     /// What the policy looked at.
     pub score: f32,
+    /// Whether the large model was asked and failed, so that the small one's token stands ([`OnFailure::KeepSmall`]).
+    pub degraded: bool,
     /// Set on a sequence's last token.
     pub finish: Option<Finish>,
+}
+
+/// What becomes of a sequence whose token the large model could not give, all retries spent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    /// It ends with the error; others go on.
+    #[default]
+    Abort,
+    /// The small model's token stands, marked as [degraded](TokenEvent::degraded).
+    KeepSmall,
+}
+
+/// What a step did.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// At most one token of each sequence, in the order in which their requests came.
+    pub tokens: Vec<TokenEvent>,
+    /// Sequences that have ended with an error, and what it was.
+    pub failed: Vec<(Sequence, Error)>,
 }
 
 struct Running {
@@ -116,8 +145,12 @@ struct Running {
     sampling: SmallSampling,
     rng: ChaCha8Rng,
     usage: Usage,
+    /// How many of them the large model has been told to read ahead.
+    warmed: usize,
     /// What the small model proposes next, and the policy's word on it.
     pending: Option<(u32, Decision)>,
+    /// Whether the large model has been asked and not answered.
+    waiting: bool,
 }
 
 /// Sequences being written by two models.
@@ -129,6 +162,7 @@ pub struct Decoder<'m> {
     /// Ids that both models know.
     vocab: usize,
     context: usize,
+    on_failure: OnFailure,
     next: u64,
     running: Vec<Running>,
 }
@@ -139,7 +173,38 @@ impl<'m> Decoder<'m> {
     pub fn new(small: &'m dyn Model, large: Box<dyn LargeModel + 'm>, policy: Box<dyn Policy + 'm>) -> Self {
         let vocab = large.vocab().min(small.dims().vocab as usize);
         let context = large.context().min(small.dims().context);
-        Self { small, cache: DenseCache::new(), large, policy, vocab, context, next: 0, running: Vec::new() }
+        Self {
+            small,
+            cache: DenseCache::new(),
+            large,
+            policy,
+            vocab,
+            context,
+            on_failure: OnFailure::default(),
+            next: 0,
+            running: Vec::new(),
+        }
+    }
+
+    /// What becomes of sequences that the large model fails.
+    pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
+        self.on_failure = on_failure;
+        self
+    }
+
+    /// Ids below this are known to both models.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    /// Tokens that prompt and reply may have together: the smaller of the two models' contexts.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// What the large model's calls have cost, all sequences together; `None` when it is in this process.
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.large.traffic()
     }
 
     /// Takes a request in; its tokens come with the following steps.
@@ -196,8 +261,14 @@ impl<'m> Decoder<'m> {
             sampling: request.small,
             rng: ChaCha8Rng::seed_from_u64(request.seed),
             usage: Usage::default(),
+            warmed: 0,
             pending: None,
+            waiting: false,
         });
+        if let (true, Some(r)) = (self.large.read_ahead().prompt, self.running.last_mut()) {
+            self.large.warm(&LargeRequest { sequence, ids: &r.ids, seen: 0 });
+            r.warmed = r.ids.len();
+        }
         Ok(sequence)
     }
 
@@ -224,195 +295,58 @@ impl<'m> Decoder<'m> {
         self.large.close(running.sequence);
         self.policy.close(running.sequence);
     }
-
-    /// One token of every sequence, in the order in which their requests came. Empty when none is left.
-    ///
-    /// # Errors
-    /// What either model or the policy refuses. No sequence is lost by it and none has written a token: after a call of the
-    /// large model that failed, the next step makes the same call again.
-    pub fn step(&mut self) -> Result<Vec<TokenEvent>> {
-        if self.running.is_empty() {
-            return Ok(Vec::new());
-        }
-        let _guard = tch::no_grad_guard();
-        self.propose()?;
-        let pending: Vec<(u32, Decision)> = self.running.iter().filter_map(|r| r.pending).collect();
-        let requests: Vec<LargeRequest> = self
-            .running
-            .iter()
-            .zip(&pending)
-            .filter(|(_, (_, decision))| decision.large)
-            .map(|(r, _)| LargeRequest { sequence: r.sequence, ids: &r.ids, seen: r.seen })
-            .collect();
-        let asked = requests.len();
-        let answers = self.large.next(&requests)?;
-        if answers.len() != asked {
-            return Err(Error::Input(format!(
-                "the large model answered {} of {asked} requests",
-                answers.len()
-            )));
-        }
-        if let Some(LargeToken { token, .. }) = answers.iter().find(|a| a.token as usize >= self.vocab) {
-            let vocab = self.vocab;
-            return Err(Error::Input(format!(
-                "the large model chose {token}, outside the {vocab} ids in common"
-            )));
-        }
-        let mut answers = answers.into_iter();
-        let mut events = Vec::with_capacity(pending.len());
-        for (r, (proposal, decision)) in self.running.iter_mut().zip(pending) {
-            let answer = if decision.large { answers.next() } else { None };
-            let (token, source) = match answer {
-                Some(LargeToken { token, cached, read }) => (token, Source::Large { cached, read }),
-                None => (proposal, Source::Small),
-            };
-            events.push(r.accept(token, source, decision.score));
-        }
-        for event in events.iter().filter(|e| e.finish.is_some()) {
-            self.cancel(event.sequence);
-        }
-        Ok(events)
-    }
-
-    /// The small model's token and the policy's word for every sequence that has none yet. They are kept until the token
-    /// is written, so that a call of the large model that failed changes no draw and no state of the policy.
-    fn propose(&mut self) -> Result<()> {
-        let fresh: Vec<usize> =
-            (0..self.running.len()).filter(|&i| self.running[i].pending.is_none()).collect();
-        if fresh.is_empty() {
-            return Ok(());
-        }
-        let hidden = self.small_step(&fresh)?;
-        let logits = self.small.logits(&hidden)?;
-        let on_cpu = logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?;
-        let mut proposals = Vec::with_capacity(fresh.len());
-        for (row, &i) in fresh.iter().enumerate() {
-            let mut logits: Vec<f32> = Vec::try_from(on_cpu.f_get(row as i64)?)?;
-            logits.truncate(self.vocab);
-            let r = &mut self.running[i];
-            proposals.push(r.sampling.choose(&logits, &mut r.rng)?);
-        }
-        let sequences: Vec<Sequence> = fresh.iter().map(|&i| self.running[i].sequence).collect();
-        let token = Tensor::f_from_slice(&proposals.iter().map(|&t| i64::from(t)).collect::<Vec<_>>())?;
-        let view = StepView { logits: &logits, hidden: &hidden, token: &token };
-        let decisions = self.policy.decide(&view, &sequences)?;
-        if decisions.len() != fresh.len() {
-            let (name, found) = (self.policy.name(), decisions.len());
-            return Err(Error::Input(format!("policy {name} decided {found} of {} rows", fresh.len())));
-        }
-        for ((&i, proposal), decision) in fresh.iter().zip(proposals).zip(decisions) {
-            self.running[i].pending = Some((proposal, decision));
-        }
-        Ok(())
-    }
-
-    /// Lets the small model read what it has not of some sequences: hidden states of each one's last row, `[which,
-    /// hidden]`.
-    fn small_step(&mut self, which: &[usize]) -> Result<Tensor> {
-        // What a step that failed had read to the end is read again from its last row.
-        for &i in which {
-            let r = &mut self.running[i];
-            if r.read == r.ids.len() {
-                r.read -= 1;
-                self.cache.truncate(r.seq, r.read)?;
-            }
-        }
-        // Prompts one by one, up to their last row or the end of a chunk that has it.
-        let mut last: Vec<Option<Tensor>> = which.iter().map(|_| None).collect();
-        for (hidden, &i) in last.iter_mut().zip(which) {
-            while self.running[i].ids.len() - self.running[i].read > 1 {
-                *hidden = Some(self.read(&[i], CHUNK)?);
-            }
-        }
-        let rest: Vec<usize> = (0..which.len())
-            .filter(|&at| self.running[which[at]].read < self.running[which[at]].ids.len())
-            .collect();
-        if !rest.is_empty() {
-            let rows: Vec<usize> = rest.iter().map(|&at| which[at]).collect();
-            let hidden = self.read(&rows, 1)?;
-            for (row, at) in rest.into_iter().enumerate() {
-                last[at] = Some(hidden.f_narrow(0, row as i64, 1)?);
-            }
-        }
-        let rows: Vec<Tensor> = last.into_iter().flatten().collect();
-        Ok(Tensor::f_cat(&rows, 0)?)
-    }
-
-    /// Reads at most `most` rows of some sequences in one call: hidden states of the last row of each.
-    fn read(&mut self, which: &[usize], most: usize) -> Result<Tensor> {
-        let (mut rows, mut ids) = (Vec::new(), Vec::new());
-        for &i in which {
-            let r = &self.running[i];
-            let new = &r.ids[r.read..r.ids.len().min(r.read + most)];
-            rows.push((r.seq, r.read, new.len()));
-            ids.extend(new.iter().map(|&id| i64::from(id)));
-        }
-        let ragged = Ragged::contiguous(&rows);
-        let device = self.small.dims().device;
-        let last = Tensor::f_from_slice(&ragged.last_rows())?.f_to_device(device)?;
-        let input = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
-        let out = match self.small.forward(&Batch::new(ragged, Input::Ids(&input)), &mut self.cache, None) {
-            Ok(out) => out,
-            Err(e) => {
-                // Layers before the one that failed have taken the rows in.
-                for (seq, from, _) in rows {
-                    self.cache.truncate(seq, from)?;
-                }
-                return Err(e.into());
-            }
-        };
-        for (&i, (_, _, len)) in which.iter().zip(&rows) {
-            self.running[i].read += len;
-        }
-        Ok(out.hidden.f_index_select(0, &last)?)
-    }
 }
 
-impl Running {
-    fn accept(&mut self, token: u32, source: Source, score: f32) -> TokenEvent {
-        match source {
-            Source::Small => self.usage.small_tokens += 1,
-            Source::Large { read, .. } => {
-                self.usage.large_tokens += 1;
-                self.usage.large_read += read as u64;
-                // Without the token itself, which it reads at its next call.
-                self.seen = self.ids.len();
+/// Writes requests to their ends, `batch` at a time. `each` is told of every token, and of the failure of a request that
+/// has ended with one, by the request's place; `false` ends that request.
+///
+/// # Errors
+/// A request that is refused, what [`Decoder::advance`] or `each` return.
+pub fn run(
+    decoder: &mut Decoder,
+    requests: impl IntoIterator<Item = Request>,
+    batch: usize,
+    each: &mut dyn FnMut(usize, Result<TokenEvent>) -> Result<bool>,
+) -> Result<()> {
+    let mut waiting = requests.into_iter().enumerate();
+    let mut places: HashMap<Sequence, usize> = HashMap::new();
+    loop {
+        while decoder.running() < batch.max(1) {
+            let Some((place, request)) = waiting.next() else { break };
+            places.insert(decoder.add(request)?, place);
+        }
+        if decoder.running() == 0 {
+            return Ok(());
+        }
+        let step = decoder.advance()?;
+        let tokens = step.tokens.into_iter().map(|event| (event.sequence, Ok(event)));
+        for (sequence, outcome) in tokens.chain(step.failed.into_iter().map(|(s, e)| (s, Err(e)))) {
+            let Some(&place) = places.get(&sequence) else { continue };
+            let ends = outcome.as_ref().map_or(true, |event| event.finish.is_some());
+            if !each(place, outcome)? && !ends {
+                decoder.cancel(sequence);
+            }
+            if ends {
+                places.remove(&sequence);
             }
         }
-        self.ids.push(token);
-        self.pending = None;
-        let position = self.written;
-        self.written += 1;
-        let finish = if self.eos.contains(&token) {
-            Some(Finish::Eos)
-        } else {
-            (self.written == self.limit).then_some(self.finish_at_limit)
-        };
-        TokenEvent { sequence: self.sequence, position, token, source, score, finish }
     }
 }
 
 /// Writes requests to their ends, `batch` at a time: the events of each, in the order of the requests.
+///
+/// # Errors
+/// What [`run`] returns, and the first failure of a request.
 pub fn collect(
     decoder: &mut Decoder,
     requests: impl IntoIterator<Item = Request>,
     batch: usize,
 ) -> Result<Vec<Vec<TokenEvent>>> {
-    let mut waiting = requests.into_iter();
-    let (mut sequences, mut events): (Vec<Sequence>, Vec<Vec<TokenEvent>>) = (Vec::new(), Vec::new());
-    loop {
-        while decoder.running() < batch.max(1) {
-            let Some(request) = waiting.next() else { break };
-            sequences.push(decoder.add(request)?);
-            events.push(Vec::new());
-        }
-        if decoder.running() == 0 {
-            return Ok(events);
-        }
-        for event in decoder.step()? {
-            if let Some(at) = sequences.iter().position(|s| *s == event.sequence) {
-                events[at].push(event);
-            }
-        }
-    }
+    let mut events: Vec<Vec<TokenEvent>> = Vec::new();
+    run(decoder, requests, batch, &mut |place, event| {
+        events.resize_with(events.len().max(place + 1), Vec::new);
+        events[place].push(event?);
+        Ok(true)
+    })?;
+    Ok(events)
 }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{Source, TokenEvent};
+
 /// Tokens by who chose them, and what the large model read for its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
@@ -11,9 +13,24 @@ pub struct Usage {
     pub large_tokens: u64,
     /// Tokens that the large model read.
     pub large_read: u64,
+    /// Of the small model's tokens, those that the large one was asked for and did not give.
+    #[serde(default)]
+    pub degraded_tokens: u64,
 }
 
 impl Usage {
+    /// Counts a token.
+    pub fn note(&mut self, event: &TokenEvent) {
+        match event.source {
+            Source::Small => self.small_tokens += 1,
+            Source::Large { read, .. } => {
+                self.large_tokens += 1;
+                self.large_read += read as u64;
+            }
+        }
+        self.degraded_tokens += u64::from(event.degraded);
+    }
+
     /// All tokens.
     pub fn tokens(&self) -> u64 {
         self.small_tokens + self.large_tokens
@@ -43,6 +60,35 @@ impl Usage {
             small_tokens: self.small_tokens + other.small_tokens,
             large_tokens: self.large_tokens + other.large_tokens,
             large_read: self.large_read + other.large_read,
+            degraded_tokens: self.degraded_tokens + other.degraded_tokens,
         }
+    }
+}
+
+/// What the calls of a large model on a server have cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Calls that were made, those made again included.
+    pub calls: u64,
+    /// Of these, calls made again after one that failed.
+    pub retries: u64,
+    /// Of these, calls that read ahead.
+    pub warm_calls: u64,
+    /// Tokens asked for that were not given, all retries spent.
+    pub failures: u64,
+    /// Bytes of the requests' bodies.
+    pub bytes_up: u64,
+    /// Bytes of the replies' bodies.
+    pub bytes_down: u64,
+    /// Tokens that the server had been sent before, over the calls whose replies say how many of them it still had.
+    pub sent_before: u64,
+    /// Tokens that it still had.
+    pub cached: u64,
+}
+
+impl Traffic {
+    /// Share of the tokens sent before that the server still had; `None` when its replies do not say.
+    pub fn cached_ratio(&self) -> Option<f64> {
+        (self.sent_before > 0).then(|| self.cached as f64 / self.sent_before as f64)
     }
 }

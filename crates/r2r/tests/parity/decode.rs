@@ -258,12 +258,19 @@ impl r2r::decode::LargeModel for Shaky<'_> {
     ) -> r2r::Result<()> {
         self.inner.open(sequence, max_tokens, sampling, vocab)
     }
-    fn next(&mut self, requests: &[r2r::decode::LargeRequest]) -> r2r::Result<Vec<r2r::decode::LargeToken>> {
+    fn ask(&mut self, requests: &[r2r::decode::LargeRequest]) -> r2r::Result<()> {
         self.calls += 1;
         if self.calls.is_multiple_of(3) {
             return Err(r2r::Error::Input("gone for a moment".into()));
         }
-        self.inner.next(requests)
+        self.inner.ask(requests)
+    }
+    fn answers(&mut self, wait: std::time::Duration) -> r2r::Result<Vec<r2r::decode::Answer>> {
+        self.calls += 1;
+        if self.calls.is_multiple_of(4) {
+            return Err(r2r::Error::Input("gone for a moment".into()));
+        }
+        self.inner.answers(wait)
     }
     fn close(&mut self, sequence: Sequence) {
         self.inner.close(sequence);
