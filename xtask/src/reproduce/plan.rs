@@ -21,8 +21,9 @@
 //! ```
 //!
 //! A step runs in the workspace root. In `args`, `command` and `inputs` stand: `{root}` the workspace; `{dir}` the
-//! step's own folder; `{dir:STEP}` that of another step (of the same seed); `{inputs.N}`, `{outputs.N}` a path of the
-//! lists; `{seed}`; `{shard}` (`0/4`), `{shard_index}`, `{shard_count}`; `{preset}`. `{{` and `}}` are braces.
+//! step's own folder; `{dir:STEP}` that of another step (of the same seed), `{dir:STEP.seed-N}` that of a named seed;
+//! `{inputs.N}`, `{outputs.N}` a path of the lists; `{seed}`; `{shard}` (`0/4`), `{shard_index}`, `{shard_count}`;
+//! `{preset}`. `{{` and `}}` are braces.
 //!
 //! With `shards`, every group of finished shard files that the runs leave in the step's folder
 //! (`NAME-CONFIG.INDEX-of-COUNT.jsonl`) is merged into `NAME.jsonl` there.
@@ -84,17 +85,23 @@ impl Step {
 
     /// The names of the steps whose folder this one uses.
     fn reads(&self) -> Result<BTreeSet<String>> {
-        let mut needs = BTreeSet::new();
+        Ok(self.folders()?.into_iter().map(|(step, _)| step).collect())
+    }
+
+    /// The steps whose folder this one uses, each with the seed that is named.
+    fn folders(&self) -> Result<BTreeSet<(String, Option<u64>)>> {
+        let mut folders = BTreeSet::new();
         for text in self.templates() {
             for part in parse(text)? {
                 if let Part::Placeholder(name) = part
                     && let Some(step) = name.strip_prefix("dir:")
                 {
-                    needs.insert(step.to_owned());
+                    let (step, seed) = of_seed(step);
+                    folders.insert((step.to_owned(), seed));
                 }
             }
         }
-        Ok(needs)
+        Ok(folders)
     }
 
     fn templates(&self) -> impl Iterator<Item = &String> {
@@ -174,16 +181,23 @@ fn check_step(step: &Step, all: &BTreeMap<&str, &Step>, packages: &BTreeSet<Stri
             bail!("input {input:?} refers to the inputs themselves");
         }
     }
-    let reads = step.reads()?;
     for need in step.needs()? {
-        let Some(other) = all.get(need.as_str()) else {
+        if !all.contains_key(need.as_str()) {
             bail!("it needs step {need:?}, which the file does not have")
-        };
-        let same = other.seeds.is_none() || other.seeds == step.seeds;
-        if !same && reads.contains(&need) {
-            bail!(
-                "it uses the folder of {need:?}, which has one for each of its seeds; give both the same seeds"
-            );
+        }
+    }
+    for (name, seed) in step.folders()? {
+        let Some(other) = all.get(name.as_str()) else { continue };
+        match (seed, &other.seeds) {
+            (Some(seed), Some(seeds)) if seeds.contains(&seed) => {}
+            (Some(seed), _) => {
+                bail!("it uses the folder of {name:?} of seed {seed}, which that step does not have")
+            }
+            (None, seeds) if seeds.is_none() || *seeds == step.seeds => {}
+            (None, _) => bail!(
+                "it uses the folder of {name:?}, which has one for each of its seeds; give both the same seeds, or name \
+                 one as {{dir:{name}.seed-N}}"
+            ),
         }
     }
     Ok(())
@@ -227,6 +241,14 @@ fn in_order(steps: &[Step]) -> Result<Vec<Step>> {
         ordered.push(left.remove(i).clone());
     }
     Ok(ordered)
+}
+
+/// `STEP.seed-N` apart; a step's name has no dot.
+pub fn of_seed(step: &str) -> (&str, Option<u64>) {
+    match step.split_once(".seed-").map(|(name, seed)| (name, seed.parse().ok())) {
+        Some((name, Some(seed))) => (name, Some(seed)),
+        _ => (step, None),
+    }
 }
 
 /// A piece of a template.
@@ -284,7 +306,9 @@ mod tests {
 
     #[test]
     fn steps_come_in_an_order_that_works() {
-        let text = step("c", "after = [\"a\"]\ninputs = [\"{dir:b}/o\"]") + &step("b", "") + &step("a", "");
+        let text = step("c", "after = [\"a\"]\ninputs = [\"{dir:b.seed-3}/o\"]")
+            + &step("b", "seeds = [1, 3]")
+            + &step("a", "");
         let names: Vec<_> = check(&text, &packages()).unwrap().into_iter().map(|s| s.name).collect();
         assert_eq!(names, ["b", "a", "c"]);
     }
@@ -313,6 +337,9 @@ mod tests {
             (step("a", "seeds = [1, 1]"), "different numbers"),
             (step("a", "rows = \"../rows.jsonl\""), "inside of the step's folder"),
             (step("a", "seeds = [1]") + &step("b", "inputs = [\"{dir:a}\"]"), "give both the same seeds"),
+            (step("a", "seeds = [1]") + &step("b", "inputs = [\"{dir:a.seed-2}\"]"), "\"a\" of seed 2"),
+            (step("a", "") + &step("b", "inputs = [\"{dir:a.seed-0}\"]"), "\"a\" of seed 0"),
+            (step("a", "seeds = [1]") + &step("b", "inputs = [\"{dir:a.seed-x}\"]"), "step \"a.seed-x\""),
         ] {
             let e = format!("{:#}", check(&text, &packages()).unwrap_err());
             assert!(e.contains(why), "expected {why:?} in {e}\n{text}");

@@ -16,7 +16,7 @@ use nics_base::row::{self, Row};
 use nics_base::shard::{self, Shard, ShardName};
 use serde_json::json;
 
-use super::plan::{Plan, Step, fill};
+use super::plan::{Plan, Step, fill, of_seed};
 use super::stamp::Stamp;
 use crate::process::{Usage, ended, run_logged, shown};
 use crate::workspace::Workspace;
@@ -326,8 +326,9 @@ impl Unit<'_> {
     fn value(&self, name: &str, part: Option<Shard>) -> Option<String> {
         let shown = |path: PathBuf| path.to_string_lossy().into_owned();
         if let Some(step) = name.strip_prefix("dir:") {
+            let (step, named) = of_seed(step);
             let other = self.plan.steps.iter().find(|s| s.name == step)?;
-            let seed = self.seed.filter(|_| other.seeds.is_some());
+            let seed = named.or(self.seed.filter(|_| other.seeds.is_some()));
             return Some(shown(self.base.join(folder_name(step, seed))));
         }
         if let Some(i) = name.strip_prefix("outputs.") {

@@ -1,0 +1,242 @@
+//! `r2r study`: what nano pairs show.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use nics_base::interrupt::Interrupt;
+use nics_base::progress::Progress;
+use nics_base::{jsonl, row};
+use nics_core::cli::DeviceArgs;
+use nics_core::tch::Device;
+use r2r::study::{
+    About, Kind, Labels, Models, POINTS_FILE, Part, Study as Settings, evaluate, figures, label,
+    train_routers,
+};
+
+/// Studies nano pairs: labels, routers, every policy and baseline on problems that no model was trained on.
+#[derive(Args)]
+pub struct Study {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make the labels of a pair: train.safetensors and validation.safetensors
+    Label(Label),
+    /// Train the routers of a pair from its labels
+    Train(Train),
+    /// Measure every policy and baseline of a pair: points.jsonl; resumable
+    Evaluate(Evaluate),
+    /// Make result rows out of the points of all pairs
+    Report(Report),
+}
+
+/// What the steps of one pair share.
+#[derive(Args)]
+struct PairArgs {
+    /// The study's settings (TOML)
+    #[arg(long, value_name = "FILE")]
+    settings: PathBuf,
+    /// Folder of the pair: small, middle and large
+    #[arg(long, value_name = "FOLDER")]
+    pair: PathBuf,
+    /// Seed of problems, routers and draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Where the result goes
+    #[arg(long, short, value_name = "FOLDER")]
+    out: PathBuf,
+    #[command(flatten)]
+    run_on: DeviceArgs,
+}
+
+impl PairArgs {
+    fn open(&self) -> Result<(Settings, Models)> {
+        self.run_on.set_threads()?;
+        std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;
+        Ok((Settings::read(&self.settings)?, Models::load(&self.pair, Device::Cpu)?))
+    }
+}
+
+/// Makes the labels of a pair, with the task's own rule for a judge.
+#[derive(Args)]
+struct Label {
+    #[command(flatten)]
+    pair: PairArgs,
+}
+
+/// Trains the routers of a pair: the method's, one on mismatches, one for each ablation of the inputs.
+#[derive(Args)]
+struct Train {
+    #[command(flatten)]
+    pair: PairArgs,
+    /// Folder of the labels
+    #[arg(long, value_name = "FOLDER")]
+    labels: PathBuf,
+}
+
+/// Measures every policy and baseline of a pair.
+#[derive(Args)]
+struct Evaluate {
+    #[command(flatten)]
+    pair: PairArgs,
+    /// Folder of the labels
+    #[arg(long, value_name = "FOLDER")]
+    labels: PathBuf,
+    /// Folder of the routers
+    #[arg(long, value_name = "FOLDER")]
+    routers: PathBuf,
+}
+
+/// Makes result rows out of the points of all pairs.
+///
+/// Prints what the study shows and what it does not. With --check it fails unless R2R is ahead of entropy and of chance by
+/// 30 points of accuracy at its own share, and reaches 90 % of the large model's accuracy with at most 0.6 of the share
+/// that entropy needs.
+#[derive(Args)]
+struct Report {
+    /// The study's settings (TOML)
+    #[arg(long, value_name = "FILE")]
+    settings: PathBuf,
+    /// A pair: SEED=FOLDER of its points; once for each
+    #[arg(long = "points", value_name = "SEED=FOLDER", value_parser = seeded, required = true)]
+    points: Vec<(u64, PathBuf)>,
+    /// Folder of one of the pairs, for the sizes of its models
+    #[arg(long, value_name = "FOLDER")]
+    pair: PathBuf,
+    /// Folder of one of the pairs' routers, for its size
+    #[arg(long, value_name = "FOLDER")]
+    routers: PathBuf,
+    /// The preset that rows name
+    #[arg(long, value_name = "NAME", default_value = "")]
+    preset: String,
+    /// File of the rows
+    #[arg(long, short, value_name = "FILE")]
+    out: PathBuf,
+    /// Fail unless the claims hold
+    #[arg(long)]
+    check: bool,
+}
+
+fn seeded(text: &str) -> Result<(u64, PathBuf), String> {
+    let (seed, folder) = text.split_once('=').ok_or("expected SEED=FOLDER")?;
+    let seed = seed.parse().map_err(|_| format!("`{seed}` is no seed; expected SEED=FOLDER"))?;
+    if folder.is_empty() {
+        Err("the folder is empty; expected SEED=FOLDER".into())
+    } else {
+        Ok((seed, folder.into()))
+    }
+}
+
+impl Study {
+    pub fn run(self, quiet: bool) -> Result<()> {
+        match self.command {
+            Command::Label(command) => command.run(),
+            Command::Train(command) => command.run(),
+            Command::Evaluate(command) => command.run(quiet),
+            Command::Report(command) => command.run(),
+        }
+    }
+}
+
+impl Label {
+    fn run(&self) -> Result<()> {
+        let (study, models) = self.pair.open()?;
+        for part in [Part::Train, Part::Validation] {
+            let labels = label(&models, &study, part, self.pair.seed, &self.pair.out)?;
+            let share = |t: &nics_core::tch::Tensor| -> Result<f64> {
+                let mean = t.f_to_kind(nics_core::tch::Kind::Double)?.f_mean(nics_core::tch::Kind::Double)?;
+                Ok(mean.f_double_value(&[])?)
+            };
+            let (mismatch, divergent) = (share(&labels.mismatch)?, share(&labels.divergent)?);
+            eprintln!(
+                "{}: {} rows, {:.1} % identical, {:.1} % neutral, {:.1} % divergent",
+                part.file(),
+                labels.len(),
+                100.0 * (1.0 - mismatch),
+                100.0 * (mismatch - divergent),
+                100.0 * divergent
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Train {
+    fn run(&self) -> Result<()> {
+        let (study, models) = self.pair.open()?;
+        let interrupt = Interrupt::install()?;
+        let (training, validation) =
+            (Labels::read(&self.labels, Part::Train)?, Labels::read(&self.labels, Part::Validation)?);
+        let seed = self.pair.seed;
+        train_routers(&models, &study, [&training, &validation], seed, &self.pair.out, &interrupt)?;
+        Ok(())
+    }
+}
+
+impl Evaluate {
+    fn run(&self, quiet: bool) -> Result<()> {
+        let (study, models) = self.pair.open()?;
+        let interrupt = Interrupt::install()?;
+        let validation = Labels::read(&self.labels, Part::Validation)?;
+        let mut bar = None;
+        let mut report = |done: usize, all: usize, what: &str| {
+            let bar = bar.get_or_insert_with(|| {
+                let bar = if quiet { Progress::hidden() } else { Progress::new(all as u64, "points") };
+                bar.start_at(done as u64);
+                bar
+            });
+            bar.set(done as u64);
+            if !what.is_empty() {
+                bar.label(what);
+            }
+        };
+        let PairArgs { seed, out, .. } = &self.pair;
+        let points =
+            evaluate(&models, &study, &validation, &self.routers, *seed, out, &interrupt, &mut report)?;
+        if let Some(bar) = bar {
+            bar.finish();
+        }
+        eprintln!("{}: {} points", out.display(), points.len());
+        Ok(())
+    }
+}
+
+impl Report {
+    fn run(&self) -> Result<()> {
+        let study = Settings::read(&self.settings)?;
+        let mut seeds = Vec::new();
+        for (seed, folder) in &self.points {
+            seeds.push((*seed, jsonl::read(folder.join(POINTS_FILE))?));
+        }
+        let models = Models::load(&self.pair, Device::Cpu)?;
+        let router = Kind::R2r.parameters(&self.routers, &models)?;
+        let [small, middle, large] = models.parameters;
+        let name = models.task.ring().name();
+        let about = About {
+            preset: self.preset.clone(),
+            model: "r2r-nano".into(),
+            dataset: format!("{name}/test"),
+            parameters: [small, middle, large, router].map(|n| n as f64),
+        };
+        let (rows, claims) = figures(&study, &about, &seeds)?;
+        row::write(&self.out, &rows)?;
+        let show = |e: &r2r::study::Estimate| {
+            format!("{:.3} ({:.3} to {:.3})", e.value, e.interval[0], e.interval[1])
+        };
+        println!("at R2R's own share its accuracy is ahead of");
+        println!("  entropy by {}", show(&claims.over_entropy));
+        println!("  chance  by {}", show(&claims.over_random));
+        println!(
+            "90 % of the large model's accuracy: R2R needs {} of entropy's share",
+            show(&claims.share_ratio)
+        );
+        println!("{}", r2r::study::LIMITS);
+        if self.check {
+            claims.check()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! Training of the models of a recipe.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nics_base::artefact::{AtomicDir, write_atomic};
+use nics_base::interrupt::Interrupt;
+use nics_core::cache::{DenseCache, NoCache};
+use nics_core::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, TensorPath, save};
+use nics_core::generate::{Generator, Request, collect};
+use nics_core::models::{self, Batch, Decoder, Input, Model};
+use nics_core::seam::{Ragged, SeqId};
+use nics_core::train::{Hooks, IGNORED, Loss, Micro, Progress, Summary, Trainer, masked_cross_entropy};
+use nics_datasets::word_problems::Split;
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::card::Card;
+use super::{ModelRecipe, RESPONSE_TOKENS, Recipe, RingTask, Role, files};
+use crate::{Error, Result};
+
+/// Problems of the test split on which a finished model is measured; its seed is kept for that.
+const CARD_PROBLEMS: usize = 1000;
+/// Seed of the problems of a card: no study draws from it.
+const CARD_SEED: u64 = 1_000_000;
+/// Sequences written at once.
+const BATCH: usize = 250;
+
+/// Hears how a run goes: pair, model, progress.
+pub type Report<'a> = &'a mut dyn FnMut(u64, Role, Progress);
+
+/// Trains every model of every pair that is not in `out` yet: `out/seed-N/small` and so on. State and logs lie in
+/// `state` until a model is written; a run that was interrupted or killed goes on from there to the same weights.
+///
+/// # Errors
+/// What is wrong with a model's fields; a `state` of another recipe; an interrupt.
+pub fn train(
+    recipe: &Recipe,
+    state: &Path,
+    out: &Path,
+    device: Device,
+    interrupt: &Interrupt,
+    report: Report,
+) -> Result<()> {
+    let task = RingTask::new(recipe.modulus)?;
+    for &seed in &recipe.seeds {
+        for (&role, model) in &recipe.models {
+            let pair = format!("seed-{seed}");
+            let folder = out.join(&pair).join(role.name());
+            let identity = json!({ "modulus": recipe.modulus, "seed": seed, "role": role, "model": model,
+                "validation": recipe.validation });
+            if is_done(&folder, &identity)? {
+                continue;
+            }
+            let one = One { task: &task, model, role, seed, validation: recipe.validation, identity };
+            let state = state.join(&pair).join(role.name());
+            one.train(&state, &folder, device, interrupt, &mut |p| report(seed, role, p))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a folder holds the model of this recipe.
+fn is_done(folder: &Path, identity: &Value) -> Result<bool> {
+    let path = folder.join("training.json");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(false) };
+    let wrong = |e: serde_json::Error| Error::Damaged { path: path.clone(), reason: e.to_string() };
+    let known: Value = serde_json::from_str(&text).map_err(wrong)?;
+    // As it comes back from a file: numbers may lose their last bit on the way.
+    let expected: Value = serde_json::from_str(&identity.to_string()).map_err(wrong)?;
+    Ok(known["identity"] == expected)
+}
+
+struct One<'a> {
+    task: &'a RingTask,
+    model: &'a ModelRecipe,
+    role: Role,
+    seed: u64,
+    validation: usize,
+    identity: Value,
+}
+
+impl One<'_> {
+    fn train(
+        &self,
+        state: &Path,
+        out: &Path,
+        device: Device,
+        interrupt: &Interrupt,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<()> {
+        let config = files::config(self.task, &self.model.config);
+        let Value::Object(fields) = &config else { return Err(Error::Input("config is no object".into())) };
+        let decoder_config = models::config(fields)?;
+        let layers = decoder_config.layers;
+        let mut decoder = Decoder::load(decoder_config, &self.initial(layers, device))?;
+        let mut parameters = Vec::new();
+        decoder.visit_parameters(&mut |name, tensor| {
+            *tensor = tensor.f_detach()?.f_set_requires_grad(true)?;
+            parameters.push((name.to_owned(), tensor.shallow_clone()));
+            Ok(())
+        })?;
+        let train = nics_core::train::TrainConfig { seed: self.seed, ..self.model.train.clone() };
+        let mut trainer = Trainer::new(parameters, train, &self.identity, state)?;
+        let mut evaluate = |_: u64| {
+            let mut row = Map::new();
+            if self.validation > 0 {
+                let accuracy = accuracy(&decoder, self.task, Split::Validation, self.seed, self.validation);
+                let accuracy = accuracy.map_err(|e| nics_core::train::TrainError::Caller(e.into()))?;
+                tracing::info!("{}: {:.1} % of the validation problems", self.role.name(), 100.0 * accuracy);
+                row.insert("validation_accuracy".into(), json!(accuracy));
+            }
+            Ok(row)
+        };
+        let hooks =
+            Hooks { interrupt: interrupt.clone(), progress: Some(progress), evaluate: Some(&mut evaluate) };
+        let mut loss = |micro: Micro| {
+            self.loss(&decoder, micro).map_err(|e| nics_core::train::TrainError::Caller(e.into()))
+        };
+        let summary = trainer.run(&mut loss, hooks)?;
+        self.write(&mut decoder, &config, &summary, out)
+    }
+
+    /// Weights drawn from the pair's seed: matrices with deviation `1 / sqrt(in)`, what ends a residual branch smaller by
+    /// `sqrt(2 layers)` (Radford et al., 2019).
+    fn initial(&self, layers: usize, device: Device) -> TensorPath {
+        let shrink = 1.0 / (2.0 * layers as f64).sqrt();
+        let embedding = self.model.embedding_std;
+        TensorPath::random(self.seed, 1.0, device, Kind::Float).with_transform(Arc::new(
+            move |name: &str, t: Tensor| {
+                let shape = t.size();
+                let [_, input] = shape[..] else { return Ok(t) };
+                if name.ends_with("embed_tokens.weight") {
+                    return Ok(t * embedding);
+                }
+                let ends_branch = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+                let scale = (input as f64).powf(-0.5) * if ends_branch { shrink } else { 1.0 };
+                Ok(t * scale)
+            },
+        ))
+    }
+
+    /// The cost of a batch of problems: of their responses alone.
+    fn loss(&self, model: &Decoder, micro: Micro) -> Result<Loss> {
+        let (mut texts, mut starts) = (Vec::new(), Vec::new());
+        let first = micro.index * self.model.batch as u64;
+        for index in first..first + self.model.batch as u64 {
+            let problem = self.task.ring().problem(Split::Train, micro.seed, index);
+            starts.push(self.task.encode(&problem.prompt())?.len());
+            texts.push(self.task.encode(&problem.text())?);
+        }
+        let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+        let (mut ids, mut labels) = (Vec::new(), Vec::new());
+        for (text, &start) in texts.iter().zip(&starts) {
+            // Causal attention never lets a row see the padding behind it, and padding has no target.
+            let row = |i: usize| text.get(i).map(|&id| i64::from(id));
+            ids.extend((0..longest).map(|i| row(i).unwrap_or(0)));
+            labels.extend((1..=longest).map(|i| row(i).filter(|_| i >= start).unwrap_or(IGNORED)));
+        }
+        let device = model.dims().device;
+        let rows: Vec<_> = (0..texts.len()).map(|i| (SeqId(i as u64), 0, longest)).collect();
+        let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
+        let batch = Batch::new(Ragged::contiguous(&rows), Input::Ids(&ids));
+        let out = model.forward(&batch, &mut NoCache::new(), None)?;
+        let labels = Tensor::f_from_slice(&labels)?.f_to_device(device)?;
+        Ok(masked_cross_entropy(&model.logits(&out.hidden)?, &labels)?)
+    }
+
+    fn write(&self, decoder: &mut Decoder, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
+        let dir = AtomicDir::create(out)?;
+        let (mut tensors, mut parameters) = (Vec::new(), 0);
+        decoder.visit_parameters(&mut |name, tensor| {
+            parameters += tensor.numel();
+            let stored = tensor.f_detach()?.f_to_kind(Kind::BFloat16)?;
+            // What is measured is what is stored.
+            *tensor = stored.f_to_kind(Kind::Float)?;
+            tensors.push((name.to_owned(), stored));
+            Ok(())
+        })?;
+        save(dir.path(), tensors, config, DEFAULT_SHARD_BYTES)?;
+        let accuracy = accuracy(decoder, self.task, Split::Test, CARD_SEED, CARD_PROBLEMS)?;
+        let training = json!({
+            "identity": self.identity,
+            "steps": summary.steps,
+            "target_tokens": summary.tokens,
+            "last": summary.last.as_ref().map(|row| json!({ "step": row.step, "loss": row.loss })),
+            "validation": summary.eval,
+        });
+        for (name, value) in [
+            ("tokenizer.json", files::tokenizer(self.task)),
+            ("tokenizer_config.json", files::tokenizer_config(self.task)),
+            ("generation_config.json", files::generation_config(self.task)),
+            ("training.json", training),
+        ] {
+            write_atomic(dir.path().join(name), format!("{value:#}\n"))?;
+        }
+        let card = Card {
+            task: self.task,
+            role: self.role,
+            seed: self.seed,
+            model: self.model,
+            summary,
+            parameters,
+            weights_hash: &Checkpoint::open_dir(dir.path())?.weights_hash()?,
+            right: (accuracy * CARD_PROBLEMS as f64).round() as u64,
+            problems: CARD_PROBLEMS as u64,
+            test_seed: CARD_SEED,
+        };
+        write_atomic(dir.path().join("README.md"), card.render()?)?;
+        Ok(dir.commit()?)
+    }
+}
+
+/// Share of the first `n` problems of a split that a model solves by itself, greedily.
+pub fn accuracy(model: &dyn Model, task: &RingTask, split: Split, seed: u64, n: usize) -> Result<f64> {
+    let problems: Vec<_> = (0..n as u64).map(|i| task.ring().problem(split, seed, i)).collect();
+    let requests = problems
+        .iter()
+        .map(|p| Ok(Request::greedy(task.encode(&p.prompt())?, RESPONSE_TOKENS, &[task.eos()])))
+        .collect::<Result<Vec<_>>>()?;
+    let mut cache = DenseCache::new();
+    let replies = collect(&mut Generator::new(model, &mut cache), requests, BATCH)?;
+    let right = problems.iter().zip(&replies).filter(|(p, reply)| task.is_right(p, reply)).count();
+    Ok(right as f64 / n.max(1) as f64)
+}

@@ -1,0 +1,69 @@
+//! The models of a nano pair.
+
+use std::path::Path;
+
+use nics_core::checkpoint::Checkpoint;
+use nics_core::models::{self, Decoder, Model};
+use nics_core::tokenizer::Tokenizer;
+use tch::{Device, Kind, Tensor};
+
+use crate::checkpoint::tokenizer_hash;
+use crate::nano::{RingTask, Role};
+use crate::{Error, Result};
+
+/// The models of one seed, in float32, and their task.
+pub struct Models {
+    /// Writes.
+    pub small: Decoder,
+    /// A baseline by itself.
+    pub middle: Decoder,
+    /// Is asked.
+    pub large: Decoder,
+    /// What they were trained on.
+    pub task: RingTask,
+    /// Parameters of small, middle and large.
+    pub parameters: [usize; 3],
+    /// [`tokenizer_hash`] of all three.
+    pub tokenizer: String,
+    /// The small model's embedding table, `[vocab, hidden]`.
+    pub embedding: Tensor,
+}
+
+impl Models {
+    /// Loads `dir/small`, `dir/middle` and `dir/large`.
+    ///
+    /// # Errors
+    /// A checkpoint that does not load, and [`Error::TokenizerMismatch`].
+    pub fn load(dir: &Path, device: Device) -> Result<Self> {
+        let mut loaded = Vec::new();
+        for role in [Role::Small, Role::Middle, Role::Large] {
+            let checkpoint = Checkpoint::open_dir(&dir.join(role.name()))?;
+            let tokenizer = Tokenizer::from_checkpoint(&checkpoint).map_err(nics_core::Error::from)?;
+            let mut decoder = models::load(&checkpoint, device, Kind::Float)?;
+            let mut parameters = 0;
+            decoder.visit_parameters(&mut |_, tensor| {
+                parameters += tensor.numel();
+                Ok(())
+            })?;
+            loaded.push((role, decoder, parameters, tokenizer));
+        }
+        let hash = tokenizer_hash(&loaded[0].3);
+        for (role, _, _, tokenizer) in &loaded {
+            let found = tokenizer_hash(tokenizer);
+            if found != hash {
+                return Err(Error::TokenizerMismatch { router: hash, model: role.name().to_owned(), found });
+            }
+        }
+        let task = RingTask::of_vocabulary(loaded[0].3.vocab_size())?;
+        let parameters = [loaded[0].2, loaded[1].2, loaded[2].2];
+        let mut decoders = loaded.into_iter().map(|(_, decoder, _, _)| decoder);
+        let (Some(small), Some(middle), Some(large)) = (decoders.next(), decoders.next(), decoders.next())
+        else {
+            return Err(Error::Input("a pair has three models".into()));
+        };
+        let _guard = tch::no_grad_guard();
+        let ids = Tensor::f_arange(small.dims().vocab, (Kind::Int64, device))?;
+        let embedding = small.embed(&ids)?;
+        Ok(Self { small, middle, large, task, parameters, tokenizer: hash, embedding })
+    }
+}
