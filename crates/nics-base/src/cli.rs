@@ -38,6 +38,8 @@ use crate::error::{Error, Result};
 use crate::exit::{Exit, TryAgain, Usage};
 use crate::shard::Shard;
 
+pub use crate::size::Size;
+
 /// `--seed`.
 #[derive(Debug, Clone, Args)]
 pub struct SeedArg {
@@ -77,6 +79,24 @@ impl ShardArg {
             Some(shard) => Ok(shard),
             None => Ok(Shard::from_env()?.unwrap_or(Shard::WHOLE)),
         }
+    }
+}
+
+/// The API key in an environment variable; empty is none. Keys come from files and variables, never from the command
+/// line, where other users of the machine see them.
+pub fn env_key(variable: &str) -> Option<String> {
+    std::env::var(variable).ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())
+}
+
+/// A whole number from 1 on, for flags that count something.
+///
+/// # Errors
+/// A text for clap.
+pub fn at_least_one(s: &str) -> std::result::Result<usize, String> {
+    match s.parse() {
+        Ok(0) => Err("expected at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(format!("{e}")),
     }
 }
 

@@ -31,5 +31,7 @@ pub mod shard;
 pub mod cli;
 #[cfg(feature = "cli")]
 pub mod progress;
+#[cfg(feature = "cli")]
+mod size;
 
 pub use error::{Error, Result};

@@ -189,14 +189,6 @@ fn not_empty(s: &str) -> std::result::Result<String, String> {
     if s.is_empty() { Err("is empty".into()) } else { Ok(s.to_owned()) }
 }
 
-fn at_least_one(s: &str) -> std::result::Result<usize, String> {
-    match s.parse() {
-        Ok(0) => Err("expected at least 1".into()),
-        Ok(n) => Ok(n),
-        Err(e) => Err(format!("{e}")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -23,6 +23,14 @@ pub enum Error {
     /// A caller handed over something that the operation does not take: shape, range or combination.
     #[error("{0}")]
     Input(String),
+    /// A field of a request is missing, out of range or not supported; the message names it too.
+    #[error("{message}")]
+    Field {
+        /// Its name.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A prompt and what may follow it do not fit the model's context or the cache.
     #[error(
         "{need} tokens are needed but {what} holds {max}: shorten the prompt or ask for fewer new tokens"

@@ -41,6 +41,7 @@ async fn a_wrong_field_is_named() {
         ("stream", json!(1)),
         ("stream_options", json!({"include_usage": true})),
         ("ignore_eos", json!("no")),
+        ("return_token_ids", json!(1)),
         ("presence_penalty", json!(0.5)),
         ("frequency_penalty", json!(-0.5)),
         ("logit_bias", json!({"5": 1})),

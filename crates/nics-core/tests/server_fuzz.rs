@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 const EXPECTED: [u16; 5] = [200, 400, 404, 413, 415];
 const PATHS: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
 
-const FIELDS: [&str; 38] = [
+const FIELDS: [&str; 39] = [
     "model",
     "messages",
     "prompt",
@@ -41,6 +41,7 @@ const FIELDS: [&str; 38] = [
     "stream",
     "stream_options",
     "ignore_eos",
+    "return_token_ids",
     "echo",
     "user",
     "presence_penalty",

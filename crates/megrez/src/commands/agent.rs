@@ -15,10 +15,10 @@ use megrez::prompts::Prompts;
 use nics_base::exit::Usage;
 use nics_base::interrupt::Interrupt;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg};
+use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg, env_key};
 
+use super::Loaded;
 use super::lines::{Lines, Said};
-use super::{Loaded, key};
 
 /// Talks with a model that searches before it answers, and cites what it found.
 ///
@@ -155,7 +155,7 @@ impl Agent {
                     Counting::Exact(Box::new(prompter), prompts.functions.clone())
                 }
             };
-            let key = key::from_env("MEGREZ_AGENT_API_KEY");
+            let key = env_key("MEGREZ_AGENT_API_KEY");
             let timeout = Duration::from_secs(self.reply_timeout.max(1));
             let talker = RemoteTalker::connect(url, self.served_name.as_deref(), key, counting, timeout)?;
             return Ok(Box::new(talker));

@@ -12,13 +12,13 @@ use megrez::bench::{
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
-use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg};
+use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg, env_key};
 use nics_core::device::{device_name, dtype_name};
 use nics_core::models::{Decoder, Model};
 use nics_core::seam::{KvCache, LayerHook};
 use serde_json::json;
 
-use super::{Loaded, Plugged, key};
+use super::{Loaded, Plugged};
 
 /// The vendor's figure for Megrez-3B under its own protocol, in reply tokens per second (vLLM, on a GPU).
 const VENDOR_TOKENS_PER_S: f64 = 2329.4;
@@ -177,7 +177,7 @@ impl Bench {
         let target = Target {
             url: self.url.clone().unwrap_or_default(),
             model: self.served_name.clone(),
-            key: key::from_env("MEGREZ_API_KEY"),
+            key: env_key("MEGREZ_API_KEY"),
             timeout: Duration::from_secs(600),
         };
         let runs = self.repeat(quiet, interrupt, |i| {

@@ -8,13 +8,9 @@ pub mod chat;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
-#[cfg(any(feature = "serve", feature = "agent", feature = "bench"))]
-mod key;
 mod lines;
 #[cfg(feature = "serve")]
 pub mod serve;
-#[cfg(feature = "serve")]
-mod size;
 pub mod train;
 
 use anyhow::Result;

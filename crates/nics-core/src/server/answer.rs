@@ -3,6 +3,7 @@
 //! Whoever waits for a reply holds its [`Updates`]: when the connection closes, the future of a whole reply or the body of
 //! a stream is dropped, the updates with it, and the driver ends the jobs.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::{FutureExt, StreamExt, stream};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::sync::{mpsc, oneshot};
 
 use super::choice::{Choice, Delta};
@@ -46,7 +47,8 @@ pub(super) async fn answer(app: Arc<App>, plan: Plan, record: Record) -> Result<
         model: card.id.clone(),
         fingerprint: app.fingerprint.clone(),
     };
-    let run = Started { plan, names, updates, usage, submitted: Instant::now(), record };
+    let (counts, submitted) = (BTreeMap::new(), Instant::now());
+    let run = Started { plan, names, updates, usage, counts, submitted, record };
     if run.plan.options.stream { stream_of(app, head, run).await } else { whole(&app, &head, run).await }
 }
 
@@ -68,8 +70,18 @@ struct Started {
     names: Vec<Named>,
     updates: Updates,
     usage: Usage,
+    /// The engine's own counts.
+    counts: BTreeMap<&'static str, u64>,
     submitted: Instant,
     record: Record,
+}
+
+impl Started {
+    /// The field `usage`.
+    fn usage(&self, frontend: &dyn Frontend) -> Value {
+        let own = if self.counts.is_empty() { Map::new() } else { frontend.usage(&self.counts) };
+        self.usage.json(own)
+    }
 }
 
 /// What a step of a [`Run`] brings: something of one choice, perhaps its end.
@@ -93,9 +105,9 @@ impl<'a> Run<'a> {
             Form::Chat { tools: true } => frontend.card().tools,
             _ => None,
         };
-        let stops = &started.plan.options.stops;
+        let (stops, ids) = (&started.plan.options.stops, started.plan.options.token_ids);
         let choices: Vec<Choice> =
-            started.names.iter().map(|_| Choice::new(frontend.tokenizer(), stops, tools)).collect();
+            started.names.iter().map(|_| Choice::new(frontend.tokenizer(), stops, tools, ids)).collect();
         Self { last: vec![None; choices.len()], choices, started }
     }
 
@@ -135,6 +147,9 @@ impl<'a> Run<'a> {
                 }
                 started.usage.completion += 1;
                 started.record.usage(started.usage);
+                for (name, n) in &written.counts {
+                    *started.counts.entry(name).or_default() += n;
+                }
                 let ends = started.names[index].eos.contains(&written.token);
                 let mut delta = choice.push(written, ends).map_err(fault)?;
                 let finish = choice.stopped().then(|| {
@@ -146,6 +161,7 @@ impl<'a> Run<'a> {
                     delta.pieces.extend(rest.pieces);
                     delta.logprobs.extend(rest.logprobs);
                     delta.own.extend(rest.own);
+                    delta.ids.extend(rest.ids);
                 }
                 Ok(Some(Step { index, delta, finish }))
             }
@@ -184,7 +200,7 @@ async fn whole(app: &App, head: &Head, mut started: Started) -> Result<Response,
             choice.json(head.form, i, echo, options.sampling.logprobs.is_some())
         })
         .collect();
-    Ok(json_response(&head.whole(choices, started.usage)))
+    Ok(json_response(&head.whole(choices, started.usage(&*app.frontend))))
 }
 
 /// 200 with a JSON body.
@@ -289,15 +305,15 @@ async fn write(
     let _ = begun.send(Ok(()));
     for (i, chunk) in chunks.iter_mut().enumerate() {
         if let Some(choice) = chunk.begin(echoes[i / n].as_deref()) {
-            out.send(&head.chunk(Some(choice), usage)).await?;
+            out.send(&head.chunk(Some(choice), &usage)).await?;
         }
     }
     while let Some(Step { index, delta, finish }) = step {
         for choice in chunks[index].delta(delta) {
-            out.send(&head.chunk(Some(choice), usage)).await?;
+            out.send(&head.chunk(Some(choice), &usage)).await?;
         }
         if let Some(finish) = finish {
-            out.send(&head.chunk(Some(chunks[index].end(finish)), usage)).await?;
+            out.send(&head.chunk(Some(chunks[index].end(finish)), &usage)).await?;
         }
         step = match out.next(&mut run).await? {
             Ok(step) => step,
@@ -309,7 +325,8 @@ async fn write(
     }
     drop(run);
     if counted {
-        out.send(&head.chunk(None, UsageField::Counts(started.usage))).await?;
+        let usage = UsageField::Counts(started.usage(&*app.frontend));
+        out.send(&head.chunk(None, &usage)).await?;
     }
     out.send_raw(b"data: [DONE]\n\n").await
 }

@@ -18,11 +18,13 @@ pub(super) struct Delta {
     pub logprobs: Vec<Logprob>,
     /// What the engine said of tokens, one entry for each that it said something about.
     pub own: Vec<Map<String, Value>>,
+    /// Ids of the tokens, end tokens included; empty unless asked for.
+    pub ids: Vec<u32>,
 }
 
 impl Delta {
     pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty() && self.logprobs.is_empty() && self.own.is_empty()
+        self.pieces.is_empty() && self.logprobs.is_empty() && self.own.is_empty() && self.ids.is_empty()
     }
 }
 
@@ -56,6 +58,8 @@ pub(super) struct Choice<'a> {
     tokenizer: &'a Tokenizer,
     text: TextStream<'a>,
     tools: Option<ToolFormat>,
+    /// Whether its client asks for ids.
+    ids: bool,
     /// Tokens of a call that has begun, its markers included.
     call: Option<Vec<u32>>,
     calls: usize,
@@ -65,10 +69,20 @@ pub(super) struct Choice<'a> {
 }
 
 impl<'a> Choice<'a> {
-    /// A choice that ends at any of `stops`; calls are looked for when `tools` says how they are written.
-    pub fn new(tokenizer: &'a Tokenizer, stops: &[String], tools: Option<ToolFormat>) -> Self {
+    /// A choice that ends at any of `stops`; calls are looked for when `tools` says how they are written; `ids` says whether
+    /// its client wants the tokens' ids.
+    pub fn new(tokenizer: &'a Tokenizer, stops: &[String], tools: Option<ToolFormat>, ids: bool) -> Self {
         let text = TextStream::new(tokenizer, stops);
-        Self { tokenizer, text, tools, call: None, calls: 0, after_call: false, waiting: Delta::default() }
+        Self {
+            tokenizer,
+            text,
+            tools,
+            ids,
+            call: None,
+            calls: 0,
+            after_call: false,
+            waiting: Delta::default(),
+        }
     }
 
     /// Whether a stop string was met: nothing that follows belongs to the choice.
@@ -89,6 +103,9 @@ impl<'a> Choice<'a> {
         }
         if !written.own.is_empty() {
             self.waiting.own.push(written.own);
+        }
+        if self.ids {
+            self.waiting.ids.push(written.token);
         }
         if !ends {
             self.token(written.token)?;

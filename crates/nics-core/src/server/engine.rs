@@ -4,6 +4,7 @@
 //! The engine owns all tensors and lives on one thread; it never sees a socket. The front end is plain data shared by
 //! all connections; it never sees a tensor. Jobs and events cross between them over channels.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -78,8 +79,11 @@ pub struct Written {
     pub logprob: Option<f32>,
     /// The likeliest tokens with theirs, when asked for.
     pub top: Vec<(u32, f32)>,
-    /// What the engine says about the token beyond that (e.g. which model wrote it); goes into the stream as it is.
+    /// What the engine says about the token beyond that (e.g. which model wrote it); goes into the reply as it is.
     pub own: Map<String, Value>,
+    /// What the token adds to the engine's own counts of the reply. They are summed up by name, and
+    /// [`Frontend::usage`] says what the sums are called in the reply's `usage`.
+    pub counts: Vec<(&'static str, u64)>,
 }
 
 impl Default for JobId {
@@ -105,6 +109,18 @@ pub struct EngineStats {
     pub generated_tokens_total: u64,
     /// Calls of [`Engine::step`] that ran a model.
     pub steps_total: u64,
+}
+
+/// A number of the engine's own for `/metrics`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Counter {
+    /// Its name without the `nics_` before it: lower-case letters, digits and `_`, none of the server's own. One that
+    /// ends in `_total` only grows.
+    pub name: &'static str,
+    /// What it counts, on one line.
+    pub help: &'static str,
+    /// Where it stands.
+    pub value: f64,
 }
 
 /// Writes tokens for jobs. One thread owns it and calls one method at a time.
@@ -134,6 +150,12 @@ pub trait Engine {
 
     /// Counts for `/metrics`.
     fn stats(&self) -> EngineStats;
+
+    /// Further numbers for `/metrics`, asked for after each step. One whose name cannot stand there is left out, with an
+    /// error in the log.
+    fn counters(&self) -> Vec<Counter> {
+        Vec::new()
+    }
 }
 
 /// What the model is, for `/v1/models` and for the limits that requests are held to.
@@ -190,8 +212,26 @@ pub trait Frontend: Send + Sync {
         Ok(self.tokenizer().encode(text, true)?)
     }
 
+    /// Whether the engine chooses tokens in this way.
+    ///
+    /// # Errors
+    /// `Error::Field` with the field that asks for something else: the request is answered with 400.
+    fn check_sampling(&self, sampling: &Sampling) -> Result<()> {
+        let _ = sampling;
+        Ok(())
+    }
+
+    /// The engine's own part of a reply's `usage`, from the sums of [`Written::counts`] over all of its tokens. Fields
+    /// that the server itself writes stay the server's.
+    fn usage(&self, counts: &BTreeMap<&'static str, u64>) -> Map<String, Value> {
+        counts.iter().map(|(name, n)| ((*name).to_owned(), (*n).into())).collect()
+    }
+
     /// Takes out of a request the fields that only this engine knows, checked. `fields` holds what the server itself
-    /// has no name for. What is left out is ignored, as other servers do.
+    /// has no name for, and `stream`, true or false. What is left out is ignored, as other servers do.
+    ///
+    /// # Errors
+    /// The request is answered with 400, and `Error::Field` names the field.
     fn own_fields(&self, fields: &Map<String, Value>) -> Result<Map<String, Value>> {
         let _ = fields;
         Ok(Map::new())

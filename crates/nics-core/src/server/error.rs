@@ -61,6 +61,14 @@ impl ApiError {
         }
     }
 
+    /// 400 from what the front end says of a request as a whole; the field is named where the error does.
+    pub fn of_request(error: &Error) -> Self {
+        match error {
+            Error::Field { field, message } => Self::field(field, message),
+            other => Self::bad(other.to_string()),
+        }
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }

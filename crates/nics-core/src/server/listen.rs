@@ -19,7 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::config::ServerConfig;
-use super::driver::{Handle, Phase};
+use super::driver::{Death, Handle, Phase};
 use super::engine::Frontend;
 use super::patient::Patient;
 use super::routes::{App, router};
@@ -55,6 +55,9 @@ pub enum ServeError {
         /// The operating system's word.
         source: std::io::Error,
     },
+    /// The engine's thread has died.
+    #[error(transparent)]
+    Engine(#[from] Death),
     /// No threads or no signal handlers for the server.
     #[error("the server could not be started: {0}")]
     Start(#[from] std::io::Error),

@@ -1,12 +1,26 @@
 //! `/metrics`, in the text format of Prometheus.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::driver::Stats;
+use super::engine::Counter;
+
+/// Names that are written elsewhere on the page.
+const OTHERS: [&str; 4] =
+    ["http_requests_total", "time_to_first_token_seconds", "inter_token_seconds", "request_seconds"];
+
+/// Whether a counter of the engine can stand on the page.
+pub(super) fn fits(counter: &Counter) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    counter.name.starts_with(|c: char| c.is_ascii_lowercase())
+        && counter.name.bytes().all(plain)
+        && !OTHERS.contains(&counter.name)
+        && !counter.help.contains(['\n', '\\'])
+}
 
 /// Counts of the HTTP side.
 #[derive(Default)]
@@ -42,7 +56,7 @@ impl Metrics {
         }
         let engine = &stats.engine;
         let step_seconds = stats.step_time_total.as_secs_f64();
-        for (name, help, value) in [
+        let own = [
             ("queue_requests", "Requests that wait, wholly or in part.", stats.queued as f64),
             ("queue_limit_requests", "The most that may wait.", stats.queue_limit as f64),
             ("running_requests", "Requests of which the engine holds a sequence.", stats.running as f64),
@@ -71,7 +85,13 @@ impl Metrics {
             ("generated_tokens_total", "Tokens written.", engine.generated_tokens_total as f64),
             ("engine_steps_total", "Steps that ran a model.", engine.steps_total as f64),
             ("engine_step_seconds_total", "Time inside the engine's steps.", step_seconds),
-        ] {
+        ];
+        let engines = stats.counters.iter().filter(|c| fits(c)).map(|c| (c.name, c.help, c.value));
+        let mut written = BTreeSet::new();
+        for (name, help, value) in own.into_iter().chain(engines) {
+            if !written.insert(name) {
+                continue; // A name means one thing.
+            }
             let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
             head(&mut out, &format!("nics_{name}"), kind, help);
             let _ = writeln!(out, "nics_{name} {value}");
@@ -138,5 +158,32 @@ impl Histogram {
         }
         let _ = writeln!(out, "{name}_sum {}", self.micros.load(Ordering::Relaxed) as f64 / 1e6);
         let _ = writeln!(out, "{name}_count {sum}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engines_counters_stand_beside_the_servers() {
+        let counter = |name, value| Counter { name, help: "Help.", value };
+        let counters = vec![
+            counter("cups_total", 3.0),
+            counter("cup_height", 0.5),
+            counter("Cups", 1.0),
+            counter("a{b=\"c\"}", 1.0),
+            counter("", 1.0),
+            counter("queue_requests", 77.0),
+            counter("request_seconds", 77.0),
+            Counter { name: "lines", help: "one\ntwo", value: 1.0 },
+        ];
+        let page = Metrics::default().page(&Stats { counters, ..Stats::default() });
+        assert!(page.contains("# TYPE nics_cups_total counter\nnics_cups_total 3\n"), "{page}");
+        assert!(page.contains("# TYPE nics_cup_height gauge\nnics_cup_height 0.5\n"));
+        assert!(
+            !page.contains("77") && !page.contains("Cups") && !page.contains("a{") && !page.contains("two")
+        );
+        assert_eq!(page.matches("# TYPE nics_queue_requests ").count(), 1);
     }
 }

@@ -19,7 +19,8 @@
 //!
 //! # Replies
 //! OpenAI's objects. Where the engine says something of its own about tokens ([`Written::own`]), a choice has `tokens`: a
-//! list of those objects, in a stream the ones that belong to the chunk. When a request has tools and the model can call
+//! list of those objects, in a stream the ones that belong to the chunk. What it counts of its own ([`Written::counts`]) is
+//! in `usage`. When a request has tools and the model can call
 //! them ([`ToolFormat`]), calls become `tool_calls`; what is written between the marks and is no call stays in the text,
 //! marks included. Tokens of a stop string are counted and their log-probabilities given, though their text is not.
 //!
@@ -38,12 +39,15 @@
 //!
 //! # Starting one
 //! [`spawn`] starts the engine thread and gives its [`Handle`]; [`serve`] (or [`serve_blocking`]) answers until SIGTERM or
-//! SIGINT, [`start`] in the background until a [`Stopper`] says so.
+//! SIGINT, [`start`] in the background until a [`Stopper`] says so. Binaries have `ServeArgs` and `serve_until_signal`
+//! (feature `cli`), which loads behind an open port.
 
 mod answer;
 mod body;
 mod chat;
 mod choice;
+#[cfg(feature = "cli")]
+mod command;
 mod completions;
 mod config;
 mod driver;
@@ -60,12 +64,14 @@ mod reply;
 mod routes;
 mod text_engine;
 
+#[cfg(feature = "cli")]
+pub use command::{ServeArgs, serve_until_signal};
 pub use config::{ApiKeys, ServerConfig};
 pub use driver::{
     BoxError, Death, Driver, EngineThread, Failure, Handle, Phase, Refusal, Stats, Update, Updates, spawn,
 };
 pub use engine::{
-    Admission, Engine, EngineStats, Event, Frontend, Job, JobId, ModelCard, ToolFormat, Written,
+    Admission, Counter, Engine, EngineStats, Event, Frontend, Job, JobId, ModelCard, ToolFormat, Written,
 };
 pub use listen::{Running, ServeError, Server, Stopper, serve, serve_blocking, start};
 pub use routes::{ROUTES, Route};

@@ -49,6 +49,8 @@ pub(super) struct Options {
     pub ignore_eos: bool,
     pub stream: bool,
     pub include_usage: bool,
+    /// Whether choices have the ids of their tokens.
+    pub token_ids: bool,
     /// Fields of the engine's own.
     pub own: Map<String, Value>,
 }
@@ -66,9 +68,11 @@ impl Options {
         let n = f.whole("n", &(1..=config.max_n))?.unwrap_or(1);
         let max_new = max_new(f)?;
         let sampling = sampling(f, logprobs, card)?;
+        frontend.check_sampling(&sampling).map_err(|e| ApiError::of_request(&e))?;
         let stops = stops(f, config)?;
         let ignore_eos = f.boolean("ignore_eos")?.unwrap_or(false);
         let stream = f.boolean("stream")?.unwrap_or(false);
+        let token_ids = f.boolean("return_token_ids")?.unwrap_or(false);
         let include_usage = include_usage(f, stream)?;
         for name in ["presence_penalty", "frequency_penalty"] {
             f.neutral(name, |v| v.as_f64() == Some(0.0))?;
@@ -78,8 +82,10 @@ impl Options {
         f.neutral("suffix", |v| v.as_str() == Some(""))?;
         f.neutral("best_of", |v| v.as_u64() == Some(n as u64))?;
         f.string("user")?;
-        let own = frontend.own_fields(&fields.rest()).map_err(|e| ApiError::bad(e.to_string()))?;
-        Ok(Self { n, sampling, max_new, stops, ignore_eos, stream, include_usage, own })
+        let mut rest = fields.rest();
+        rest.insert("stream".into(), stream.into());
+        let own = frontend.own_fields(&rest).map_err(|e| ApiError::of_request(&e))?;
+        Ok(Self { n, sampling, max_new, stops, ignore_eos, stream, include_usage, token_ids, own })
     }
 }
 

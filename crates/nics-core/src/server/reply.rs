@@ -1,7 +1,8 @@
 //! OpenAI's reply objects: whole replies and the chunks of streams.
 //!
 //! Beyond OpenAI's fields a choice may have `tokens`: a list of what the engine said about tokens, one object for each
-//! that it said something about. A stream's lists put together are the whole reply's.
+//! that it said something about. With `return_token_ids` it has `token_ids`: the ids of its tokens, end tokens included. A
+//! stream's lists put together are the whole reply's.
 
 use serde_json::{Map, Value, json};
 
@@ -30,24 +31,31 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    pub fn json(self) -> Value {
-        json!({
+    /// With the engine's own part behind it.
+    pub fn json(self, own: Map<String, Value>) -> Value {
+        let mut usage = json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
-        })
+        });
+        if let Some(usage) = usage.as_object_mut() {
+            for (name, value) in own {
+                usage.entry(name).or_insert(value);
+            }
+        }
+        usage
     }
 }
 
 /// The field `usage` of a chunk.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum UsageField {
     /// The request does not ask for it.
     Absent,
     /// A later chunk has it.
     Null,
-    Counts(Usage),
+    Counts(Value),
 }
 
 impl Head {
@@ -63,18 +71,18 @@ impl Head {
     }
 
     /// A whole reply.
-    pub fn whole(&self, choices: Vec<Value>, usage: Usage) -> Value {
+    pub fn whole(&self, choices: Vec<Value>, usage: Value) -> Value {
         let object = match self.form {
             Form::Chat { .. } => "chat.completion",
             Form::Text => "text_completion",
         };
         let mut map = self.object(object, choices);
-        map.insert("usage".into(), usage.json());
+        map.insert("usage".into(), usage);
         map.into()
     }
 
     /// A chunk of a stream.
-    pub fn chunk(&self, choice: Option<Value>, usage: UsageField) -> Value {
+    pub fn chunk(&self, choice: Option<Value>, usage: &UsageField) -> Value {
         let object = match self.form {
             Form::Chat { .. } => "chat.completion.chunk",
             Form::Text => "text_completion",
@@ -83,7 +91,7 @@ impl Head {
         match usage {
             UsageField::Absent => {}
             UsageField::Null => drop(map.insert("usage".into(), Value::Null)),
-            UsageField::Counts(usage) => drop(map.insert("usage".into(), usage.json())),
+            UsageField::Counts(usage) => drop(map.insert("usage".into(), usage.clone())),
         }
         map.into()
     }
@@ -119,6 +127,7 @@ impl Chunks {
         }
         let mut logprobs = logprobs(self.form, &delta.logprobs, &mut self.offset);
         let mut own = (!delta.own.is_empty()).then(|| Value::from(own(delta.own)));
+        let mut ids = (!delta.ids.is_empty()).then(|| Value::from(delta.ids));
         let mut contents: Vec<Value> = Vec::new();
         for piece in delta.pieces {
             match (self.form, piece) {
@@ -138,6 +147,9 @@ impl Chunks {
             let mut value = self.choice(content, logprobs.take(), None);
             if let Some(own) = own.take() {
                 value["tokens"] = own;
+            }
+            if let Some(ids) = ids.take() {
+                value["token_ids"] = ids;
             }
             value
         };
@@ -186,6 +198,7 @@ pub(super) struct Gathered {
     calls: Vec<Call>,
     logprobs: Vec<Logprob>,
     own: Vec<Map<String, Value>>,
+    ids: Vec<u32>,
     pub finish: &'static str,
 }
 
@@ -199,6 +212,7 @@ impl Gathered {
         }
         self.logprobs.extend(delta.logprobs);
         self.own.extend(delta.own);
+        self.ids.extend(delta.ids);
     }
 
     /// The choice's object; `with_logprobs` when the request asks for them.
@@ -235,6 +249,9 @@ impl Gathered {
         choice["finish_reason"] = self.finish.into();
         if !self.own.is_empty() {
             choice["tokens"] = own(self.own).into();
+        }
+        if !self.ids.is_empty() {
+            choice["token_ids"] = self.ids.into();
         }
         choice
     }

@@ -17,8 +17,9 @@
 //!
 //! A small `step` keeps close to the scores' own order and takes longer to settle; a large one spaces the large model's
 //! tokens out evenly. `r` = 0 and `r` = 1 are exact.
+//!
+//! [`Neural`](super::Neural) and [`Entropy`](super::Entropy) hold a share, each sequence its own.
 
-use super::{Decision, PerSequence, Policy, Score, Sequence, StepView, check_rows};
 use crate::{Error, Result};
 
 /// How far the bar moves, unless said otherwise: at a share of 1/8 the large model's share is within 0.05 of it after
@@ -51,6 +52,11 @@ impl BudgetState {
         Ok(Self { share, step, bar: start })
     }
 
+    /// How far the bar moves.
+    pub fn step(&self) -> f64 {
+        self.step
+    }
+
     /// Where the bar is.
     pub fn bar(&self) -> f64 {
         self.bar
@@ -71,57 +77,6 @@ impl BudgetState {
         self.bar += self.step * (f64::from(u8::from(large)) - self.share);
         self.bar = self.bar.clamp(-self.step, 1.0 + self.step);
         large
-    }
-}
-
-/// A policy's score against a bar that moves, so that the large model chooses a requested share of each sequence's
-/// tokens.
-#[derive(Debug)]
-pub struct Budget<S> {
-    scores: S,
-    new: BudgetState,
-    states: PerSequence<BudgetState>,
-}
-
-impl<S: Score> Budget<S> {
-    /// Every sequence begins with a bar of its own at `start`.
-    ///
-    /// # Errors
-    /// As [`BudgetState::new`].
-    pub fn new(scores: S, share: f64, start: f64, step: f64) -> Result<Self> {
-        Ok(Self { scores, new: BudgetState::new(share, start, step)?, states: PerSequence::default() })
-    }
-
-    /// Another share for one sequence, from where its bar is.
-    ///
-    /// # Errors
-    /// As [`BudgetState::new`].
-    pub fn set_share(&mut self, sequence: Sequence, share: f64) -> Result<()> {
-        let new = self.new;
-        let state = self.states.get(sequence, || new);
-        *state = BudgetState { bar: state.bar, ..BudgetState::new(share, 0.0, state.step)? };
-        Ok(())
-    }
-}
-
-impl<S: Score> Policy for Budget<S> {
-    fn name(&self) -> &'static str {
-        "budget"
-    }
-
-    fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {
-        let scores = self.scores.scores(step)?;
-        check_rows(scores.len(), sequences)?;
-        let new = self.new;
-        let decide = |(&score, &sequence): (&f32, &Sequence)| {
-            let large = self.states.get(sequence, || new).decide(f64::from(score));
-            Decision { large, score }
-        };
-        Ok(scores.iter().zip(sequences).map(decide).collect())
-    }
-
-    fn close(&mut self, sequence: Sequence) {
-        self.states.close(sequence);
     }
 }
 

@@ -3,7 +3,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Decision, PerSequence, Policy, Sequence, StepView, check_rows};
+use super::{Accepts, Decision, PerSequence, Policy, Sequence, Settings, StepView, check_rows};
 use crate::{Error, Result};
 
 /// The large model with a given probability.
@@ -11,11 +11,26 @@ use crate::{Error, Result};
 pub struct Random {
     share: f64,
     seed: u64,
-    states: PerSequence<ChaCha8Rng>,
+    states: PerSequence<Coin>,
+}
+
+/// One sequence's coin.
+#[derive(Debug)]
+struct Coin {
+    share: f64,
+    rng: ChaCha8Rng,
+}
+
+impl Coin {
+    fn new(share: f64, seed: u64, stream: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(stream);
+        Self { share, rng }
+    }
 }
 
 impl Random {
-    /// Coins of each sequence follow from `seed` and its name alone.
+    /// Coins of each sequence follow from `seed` and its name alone, or its own [seed](Settings::seed).
     pub fn new(share: f64, seed: u64) -> Result<Self> {
         if !(0.0..=1.0).contains(&share) {
             return Err(Error::setting("the random policy's share", share, "0 to 1"));
@@ -29,17 +44,24 @@ impl Policy for Random {
         "random"
     }
 
+    fn accepts(&self) -> Accepts {
+        Accepts { threshold: None, target: true }
+    }
+
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        self.accepts().check(self.name(), settings)?;
+        let share = settings.target.unwrap_or(self.share);
+        self.states.set(sequence, Coin::new(share, self.seed, settings.seed.unwrap_or(sequence.0)));
+        Ok(())
+    }
+
     fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {
         check_rows(rows(step)?, sequences)?;
-        let seed = self.seed;
+        let (share, seed) = (self.share, self.seed);
         let decide = |&sequence: &Sequence| {
-            let rng = self.states.get(sequence, || {
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                rng.set_stream(sequence.0);
-                rng
-            });
-            let coin = rng.random::<f64>();
-            Decision { large: coin < self.share, score: coin as f32 }
+            let coin = self.states.get(sequence, || Coin::new(share, seed, sequence.0));
+            let thrown = coin.rng.random::<f64>();
+            Decision { large: thrown < coin.share, score: thrown as f32 }
         };
         Ok(sequences.iter().map(decide).collect())
     }

@@ -12,25 +12,29 @@
 //! | [`Random`] | a coin says so |
 //! | [`AlwaysSmall`], [`AlwaysLarge`] | never, always |
 //! | [`Oracle`] | somebody who knows says so: the upper bound |
-//! | [`Budget`] | a policy's score reaches a threshold that moves so that a requested share of tokens is held |
 //!
-//! Policies with a memory begin as if the large model had chosen the last token.
+//! Policies with a memory begin as if the large model had chosen the last token. A policy may serve sequences with
+//! different [`Settings`]: thresholds of their own, or a share of tokens that the large model is to choose, for which
+//! the threshold moves (see [`BudgetState`]). [`PolicySpec`] makes a policy from its name.
 
 mod budget;
 mod fixed;
 mod neural;
 mod rolling;
+mod settings;
+mod spec;
 pub mod uncertainty;
 
 use std::collections::HashMap;
 
-use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-pub use budget::{Budget, BudgetState, STEP};
+pub use budget::{BudgetState, STEP};
 pub use fixed::{AlwaysLarge, AlwaysSmall, Foresight, Oracle, Random};
 pub use neural::{Neural, NeuralRolling, SharedRouter};
 pub use rolling::{DuoRolling, Entropy, Hysteresis, Immediate, Momentum, Rolling};
+pub use settings::{Accepts, PROBABILITIES, Settings};
+pub use spec::{Kind, PolicySpec};
 
 use crate::{Error, Result};
 
@@ -58,43 +62,23 @@ pub struct Decision {
     pub score: f32,
 }
 
-/// What a policy is to do differently for one sequence; what is absent stays as the policy was made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Settings {
-    /// What the policy's score is held against, in the score's own unit. Not together with a target.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub threshold: Option<f64>,
-    /// The share of this sequence's tokens that the large model is to choose, 0 to 1.
-    #[serde(rename = "target_llm_ratio", skip_serializing_if = "Option::is_none")]
-    pub target: Option<f64>,
-}
-
-impl Settings {
-    /// Nothing different.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
 /// Decides for each row whether the large model chooses its token.
 pub trait Policy: Send {
     /// Its name in results, e.g. `neural`.
     fn name(&self) -> &'static str;
 
+    /// What a sequence may ask of it; nothing, unless said otherwise.
+    fn accepts(&self) -> Accepts {
+        Accepts::default()
+    }
+
     /// Begins a sequence with settings of its own. One that is not opened has the policy's.
     ///
     /// # Errors
-    /// Settings that the policy does not have, or out of range: [`Error::Setting`] that names the field.
+    /// Settings that the policy does not [accept](Self::accepts).
     fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
         let _ = sequence;
-        let wrong = |field, value: Option<f64>| {
-            value.map(|v| Error::setting(field, v, format!("nothing: the {} policy has none", self.name())))
-        };
-        match wrong("threshold", settings.threshold).or(wrong("target_llm_ratio", settings.target)) {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        self.accepts().check(self.name(), settings)
     }
 
     /// A decision for each row of `step`, which belong to `sequences`, in their order. Each sequence occurs once, and a
@@ -105,15 +89,6 @@ pub trait Policy: Send {
     fn close(&mut self, sequence: Sequence) {
         let _ = sequence;
     }
-}
-
-/// A policy with a score for each row on a scale from 0, sure, to 1, unsure, as [`Budget`] needs it.
-pub trait Score: Send {
-    /// Its name in results.
-    fn name(&self) -> &'static str;
-
-    /// A score from 0 to 1 for each row.
-    fn scores(&self, step: &StepView) -> Result<Vec<f32>>;
 }
 
 /// State of each sequence, made when it is first seen.
@@ -131,6 +106,10 @@ impl<S> Default for PerSequence<S> {
 impl<S> PerSequence<S> {
     pub fn get(&mut self, sequence: Sequence, new: impl FnOnce() -> S) -> &mut S {
         self.states.entry(sequence).or_insert_with(new)
+    }
+
+    pub fn set(&mut self, sequence: Sequence, state: S) {
+        self.states.insert(sequence, state);
     }
 
     pub fn close(&mut self, sequence: Sequence) {

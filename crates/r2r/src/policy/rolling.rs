@@ -2,24 +2,34 @@
 
 use std::collections::VecDeque;
 
+use super::settings::{ANY, Bars, NATS, check_threshold};
 use super::uncertainty::{Evidence, TOP, entropy, numbers};
-use super::{Decision, PerSequence, Policy, Score, Sequence, StepView, check_finite, check_rows};
+use super::{Accepts, Decision, PerSequence, Policy, Sequence, Settings, StepView, check_finite, check_rows};
 use crate::{Error, Result};
 
 /// The large model when the entropy in nats reaches the threshold.
 #[derive(Debug)]
 pub struct Entropy {
-    threshold: f64,
+    bars: Bars,
 }
+
+/// Where the bar of a share begins, on the scale on which the largest entropy there could be is 1.
+const ENTROPY_START: f64 = 0.04;
 
 impl Entropy {
     /// The reference's threshold, in nats.
     pub const DEFAULT: f64 = 0.45;
 
-    /// `threshold` in nats.
+    /// `threshold` in nats, which may be another for every sequence.
     pub fn new(threshold: f64) -> Result<Self> {
-        check_finite("the entropy threshold", threshold)?;
-        Ok(Self { threshold })
+        check_threshold("entropy", Some(&NATS), threshold)?;
+        Ok(Self { bars: Bars::fixed(threshold, ENTROPY_START) })
+    }
+
+    /// Holds a share of each sequence's tokens, unless it asks for another or for a threshold; bars move by `step`, on the
+    /// scale on which the largest entropy there could be is 1 (see [`BudgetState`](super::BudgetState)).
+    pub fn holding(self, share: f64, step: f64) -> Result<Self> {
+        Ok(Self { bars: self.bars.holding(share, step)? })
     }
 }
 
@@ -28,25 +38,28 @@ impl Policy for Entropy {
         "entropy"
     }
 
+    fn accepts(&self) -> Accepts {
+        Accepts { threshold: Some(NATS), target: true }
+    }
+
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        self.accepts().check(self.name(), settings)?;
+        self.bars.open(sequence, settings)
+    }
+
     fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {
         let scores = numbers(&entropy(step.logits)?)?;
         check_rows(scores.len(), sequences)?;
-        Ok(scores
-            .into_iter()
-            .map(|score| Decision { large: f64::from(score) >= self.threshold, score })
-            .collect())
-    }
-}
-
-impl Score for Entropy {
-    fn name(&self) -> &'static str {
-        "entropy"
+        let most = (step.logits.size2()?.1.max(2) as f64).ln();
+        let decide = |(&score, &sequence): (&f32, &Sequence)| {
+            let nats = f64::from(score);
+            Decision { large: self.bars.decide(sequence, nats, nats / most), score }
+        };
+        Ok(scores.iter().zip(sequences).map(decide).collect())
     }
 
-    /// The entropy as a share of the largest there could be.
-    fn scores(&self, step: &StepView) -> Result<Vec<f32>> {
-        let most = (step.logits.size2()?.1.max(2) as f32).ln();
-        Ok(numbers(&entropy(step.logits)?)?.into_iter().map(|h| (h / most).clamp(0.0, 1.0)).collect())
+    fn close(&mut self, sequence: Sequence) {
+        self.bars.close(sequence);
     }
 }
 
@@ -101,8 +114,22 @@ pub struct Momentum {
     factor: f64,
     to_large: f64,
     to_small: f64,
-    /// The mean, and whether the large model chose last.
-    states: PerSequence<(f64, bool)>,
+    states: PerSequence<Certainty>,
+}
+
+/// What [`Momentum`] remembers of a sequence.
+#[derive(Debug)]
+struct Certainty {
+    aleatoric: f64,
+    mean: f64,
+    /// Whether the large model chose last.
+    large: bool,
+}
+
+impl Certainty {
+    fn new(aleatoric: f64) -> Self {
+        Self { aleatoric, mean: 0.0, large: true }
+    }
 }
 
 impl Momentum {
@@ -123,15 +150,26 @@ impl Policy for Momentum {
         "momentum"
     }
 
+    fn accepts(&self) -> Accepts {
+        Accepts { threshold: Some(ANY), target: false }
+    }
+
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        self.accepts().check(self.name(), settings)?;
+        let threshold = settings.threshold.unwrap_or(self.aleatoric);
+        self.states.set(sequence, Certainty::new(threshold));
+        Ok(())
+    }
+
     fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {
         let measure = numbers(&Evidence::of(step.logits, TOP)?.aleatoric)?;
         check_rows(measure.len(), sequences)?;
         let decide = |(&value, &sequence): (&f32, &Sequence)| {
-            let (mean, large) = self.states.get(sequence, || (0.0, true));
-            let sure = if f64::from(value) < self.aleatoric { 1.0 } else { 0.0 };
-            *mean = self.factor * *mean + (1.0 - self.factor) * sure;
-            *large = *mean <= if *large { self.to_small } else { self.to_large };
-            Decision { large: *large, score: value }
+            let state = self.states.get(sequence, || Certainty::new(self.aleatoric));
+            let sure = if f64::from(value) < state.aleatoric { 1.0 } else { 0.0 };
+            state.mean = self.factor * state.mean + (1.0 - self.factor) * sure;
+            state.large = state.mean <= if state.large { self.to_small } else { self.to_large };
+            Decision { large: state.large, score: value }
         };
         Ok(measure.iter().zip(sequences).map(decide).collect())
     }
@@ -211,6 +249,17 @@ impl Policy for Rolling {
         "rolling"
     }
 
+    fn accepts(&self) -> Accepts {
+        Accepts { threshold: Some(ANY), target: false }
+    }
+
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        self.accepts().check(self.name(), settings)?;
+        let threshold = settings.threshold.unwrap_or(self.aleatoric);
+        self.states.set(sequence, Hysteresis::new(threshold, self.window, true));
+        Ok(())
+    }
+
     fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {
         let measure = numbers(&Evidence::of(step.logits, TOP)?.aleatoric)?;
         let entropy = numbers(&entropy(step.logits)?)?;
@@ -249,6 +298,17 @@ impl DuoRolling {
 impl Policy for DuoRolling {
     fn name(&self) -> &'static str {
         "duo rolling"
+    }
+
+    fn accepts(&self) -> Accepts {
+        Accepts { threshold: Some(ANY), target: false }
+    }
+
+    fn open(&mut self, sequence: Sequence, settings: &Settings) -> Result<()> {
+        self.accepts().check(self.name(), settings)?;
+        let threshold = settings.threshold.unwrap_or(self.aleatoric);
+        self.states.set(sequence, Hysteresis::new(threshold, self.window, false));
+        Ok(())
     }
 
     fn decide(&mut self, step: &StepView, sequences: &[Sequence]) -> Result<Vec<Decision>> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::generate::Finish;
-use crate::server::engine::{EngineStats, JobId, Written};
+use crate::server::engine::{Counter, EngineStats, JobId, Written};
 
 /// Any error, as a thread hands it on.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -117,6 +117,8 @@ pub struct Stats {
     pub running: usize,
     /// The engine's own counts as of its last step.
     pub engine: EngineStats,
+    /// The engine's further numbers as of its last step.
+    pub counters: Vec<Counter>,
     /// Requests that were queued.
     pub accepted_total: u64,
     /// Requests refused because the queue was full.

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use super::{Failure, Phase, Shared, State, Update, message};
 use crate::server::engine::{Admission, Engine, Event, Job, JobId};
+use crate::server::metrics;
 
 /// The engine thread's end of the channels.
 pub struct Driver {
@@ -75,7 +76,16 @@ impl Driver {
     }
 
     fn serve(&mut self, engine: &mut dyn Engine) {
-        self.shared.lock().stats.engine = engine.stats();
+        let (stats, counters) = (engine.stats(), engine.counters());
+        for wrong in counters.iter().filter(|c| !metrics::fits(c)) {
+            tracing::error!(
+                name = wrong.name,
+                "a counter of the engine cannot be shown: its name or help is wrong"
+            );
+        }
+        let mut state = self.shared.lock();
+        (state.stats.engine, state.stats.counters) = (stats, counters);
+        drop(state);
         self.shared.advance(&Phase::Ready);
         while self.wait() {
             self.cancel(engine);
@@ -83,15 +93,17 @@ impl Driver {
             if !self.running.is_empty() {
                 self.step(engine);
             }
+            let (stats, counters) = (engine.stats(), engine.counters());
             let mut state = self.shared.lock();
-            state.stats.engine = engine.stats();
+            (state.stats.engine, state.stats.counters) = (stats, counters);
             state.stats.running = self.requests.len();
         }
         for job in self.running.keys() {
             engine.cancel(*job);
         }
+        let (stats, counters) = (engine.stats(), engine.counters());
         let mut state = self.shared.lock();
-        state.stats.engine = engine.stats();
+        (state.stats.engine, state.stats.counters) = (stats, counters);
         state.stats.running = 0;
     }
 
