@@ -19,18 +19,30 @@
 //! | [`losses`], [`training`] | what a router is trained to make small; training with early stopping and exact resume |
 //! | [`policy`] | who chooses a token: the router, measures of uncertainty, a budget, a coin, an oracle |
 //! | [`decode`] | the loop over two models: ragged extensions, events with source and score, usage |
+//! | [`remote`] | the large model on a server: vLLM, SGLang, this project's own |
+//! | [`bench`] | what a pair costs on this machine, and whether routing can pay |
+//! | [`baselines`] | what routing is held against: speculative decoding, routing of whole queries |
+//! | [`nano`], [`study`] | pairs of tiny models on a task of their own, and what they show |
 //! | [`sampling`] | the small model's token |
+//! | `serve` | OpenAI's API over both models (feature `serve`) |
 //! | [`evaluation`] | prompts, answers, pass@k |
 
+pub mod baselines;
+pub mod bench;
 pub mod checkpoint;
 pub mod decode;
 mod error;
 pub mod evaluation;
 pub mod labels;
 pub mod losses;
+pub mod nano;
 pub mod policy;
+pub mod remote;
 pub mod router;
 pub mod sampling;
+#[cfg(feature = "serve")]
+pub mod serve;
+pub mod study;
 pub mod thresholds;
 pub mod training;
 
