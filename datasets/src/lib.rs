@@ -3,6 +3,7 @@
 //! - [`ring`]: arithmetic modulo a number, worked in words that have synonyms, generated without end from a seed.
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
+//! - [`Reasoning`]: AIME, GPQA, MMLU-Pro and MMLU-Redux.
 //! - [`gsm8k`], [`arithmetic()`]: GSM8K and tables in its form as [`Arithmetic`] problems.
 //!
 //! A benchmark is read from a local folder or from the hub ([`nics_base::hub::Source`]), in JSONL, parquet or CSV and
@@ -22,6 +23,7 @@ mod arithmetic;
 mod choice;
 mod error;
 mod layout;
+mod reasoning;
 pub mod ring;
 mod table;
 pub mod word_problems;
@@ -30,3 +32,4 @@ pub use arithmetic::{Arithmetic, GSM8K_HUB_ID, arithmetic, gsm8k};
 pub use choice::{Benchmark, Choice};
 pub use error::{DatasetError, Result};
 pub use layout::Part;
+pub use reasoning::{Reasoned, Reasoning};

@@ -26,8 +26,18 @@ enum Command {
     /// Answer OpenAI's API over HTTP
     #[cfg(feature = "serve")]
     Serve(commands::serve::Serve),
+    /// Measure a pair on a public benchmark; resumable
+    Eval(commands::eval::Eval),
     /// Measure what a pair costs and whether routing can be faster
     Bench(commands::bench::Bench),
+    /// Make labels: where the small model's token changes what the large one would say; resumable
+    Label(commands::label::Label),
+    /// Train a router on labels; resumable
+    Train(commands::train::Train),
+    /// Choose a router's threshold on labels
+    Threshold(commands::threshold::Threshold),
+    /// Look at routers and convert them
+    Router(commands::router::Router),
     /// Train the tiny models of the nano study
     Pair(commands::pair::Pair),
     /// What routing is worth on the nano task, beside everything it is held against
@@ -42,7 +52,12 @@ fn main() -> ExitCode {
         Command::Chat(command) => command.run(),
         #[cfg(feature = "serve")]
         Command::Serve(command) => command.run(),
+        Command::Eval(command) => command.run(cli.log.quiet),
         Command::Bench(command) => command.run(cli.log.quiet),
+        Command::Label(command) => command.run(cli.log.quiet),
+        Command::Train(command) => command.run(cli.log.quiet),
+        Command::Threshold(command) => command.run(),
+        Command::Router(command) => command.run(),
         Command::Pair(command) => command.run(cli.log.quiet),
         Command::Study(command) => command.run(cli.log.quiet),
     })

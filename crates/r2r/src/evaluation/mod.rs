@@ -6,9 +6,11 @@
 mod extract;
 mod mersenne;
 mod prompts;
+mod set;
 
 pub use extract::{
     AnswerKind, boxed, choice, fenced_code, graded_part, is_correct, last_fenced_code, lone_letter, pass_at_k,
 };
 pub use mersenne::{OptionShuffle, SHUFFLE_SEED};
 pub use prompts::{aime, gpqa, live_code_bench, mmlu_pro};
+pub use set::{Question, questions};
