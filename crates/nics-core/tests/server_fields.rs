@@ -115,6 +115,10 @@ async fn a_wrong_field_is_named() {
     }
     let reply = server.post("/v1/completions", &completion("hi", json!({"mood": 3}))).await;
     assert!(reply.text().contains("mood is no string"));
+    assert_eq!(reply.json()["error"]["param"], "mood");
+    reply.error(400);
+    let reply = server.post("/v1/completions", &completion("hi", json!({"min_p": 0.95}))).await;
+    assert_eq!(reply.json()["error"]["param"], "min_p");
     reply.error(400);
     server.end().await;
 }

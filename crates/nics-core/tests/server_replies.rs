@@ -286,9 +286,17 @@ async fn the_engines_own_fields_go_through() {
         };
         let reply = server.post(path, &body(false)).await.json();
         assert_eq!(reply["choices"][0]["tokens"], expected);
+        // Its counts are summed up; what the server itself counts stays the server's.
+        let usage = &reply["usage"];
+        assert_eq!(usage["moods"], 3);
+        assert!(usage["prompt_tokens"].as_u64() < Some(1000));
         let chunks = server.post(path, &body(true)).await.chunks();
         let own = chunks.iter().filter_map(|c| c["choices"][0]["tokens"].as_array().cloned()).flatten();
         assert_eq!(json!(own.collect::<Vec<_>>()), expected);
+        let mut counted = body(true);
+        counted["stream_options"] = json!({"include_usage": true});
+        let chunks = server.post(path, &counted).await.chunks();
+        assert_eq!(&chunks.last().unwrap()["usage"], usage);
     }
     server.end().await;
 }

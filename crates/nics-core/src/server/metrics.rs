@@ -182,7 +182,10 @@ mod tests {
         assert!(page.contains("# TYPE nics_cups_total counter\nnics_cups_total 3\n"), "{page}");
         assert!(page.contains("# TYPE nics_cup_height gauge\nnics_cup_height 0.5\n"));
         assert!(
-            !page.contains("77") && !page.contains("Cups") && !page.contains("a{") && !page.contains("two")
+            !page.contains("77")
+                && !page.contains("Cups")
+                && !page.contains("a{")
+                && !page.contains("nics_lines")
         );
         assert_eq!(page.matches("# TYPE nics_queue_requests ").count(), 1);
     }

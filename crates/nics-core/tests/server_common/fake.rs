@@ -122,6 +122,7 @@ impl Engine for Fake {
             if let Some(mood) = job.own.get("mood") {
                 written.own.insert("mood".into(), mood.clone());
                 written.own.insert("at".into(), json!(*at - 1));
+                written.counts = vec![("moods", 1), ("prompt_tokens", 1000)];
             }
             emit(Event::Token(written));
             let finish = if job.eos.contains(&token) {

@@ -93,11 +93,18 @@ impl Frontend for Front {
         Ok(self.tokenizer.encode(&text, false)?)
     }
 
+    fn check_sampling(&self, sampling: &Sampling) -> Result<()> {
+        if sampling.min_p < 0.9 {
+            return Ok(());
+        }
+        Err(Error::Field { field: "min_p".into(), message: "min_p is too much for this engine".into() })
+    }
+
     fn own_fields(&self, fields: &Map<String, Value>) -> Result<Map<String, Value>> {
         match fields.get("mood") {
             None => Ok(Map::new()),
             Some(Value::String(mood)) => Ok(Map::from_iter([("mood".into(), mood.clone().into())])),
-            Some(_) => Err(Error::input("mood is no string")),
+            Some(_) => Err(Error::Field { field: "mood".into(), message: "mood is no string".into() }),
         }
     }
 }
