@@ -9,9 +9,10 @@ use nics_base::progress::Progress;
 use nics_base::{jsonl, row};
 use nics_core::cli::DeviceArgs;
 use nics_core::tch::Device;
+use r2r::labels::pipeline::LabelSet;
 use r2r::study::{
-    About, Kind, Labels, Models, POINTS_FILE, Part, Study as Settings, evaluate, figures, label,
-    train_routers,
+    About, Estimate, Inputs, Kind, LIMITS, Measures, Models, POINTS_FILE, Study as Settings, evaluate,
+    figures, write_queries,
 };
 
 /// Studies nano pairs: labels, routers, every policy and baseline on problems that no model was trained on.
@@ -23,10 +24,8 @@ pub struct Study {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make the labels of a pair: train.safetensors and validation.safetensors
-    Label(Label),
-    /// Train the routers of a pair from its labels
-    Train(Train),
+    /// Write the problems as queries for `r2r label`, and the synonyms for its rule
+    Queries(Queries),
     /// Measure every policy and baseline of a pair: points.jsonl; resumable
     Evaluate(Evaluate),
     /// Make result rows out of the points of all pairs
@@ -60,21 +59,12 @@ impl PairArgs {
     }
 }
 
-/// Makes the labels of a pair, with the task's own rule for a judge.
+/// Writes the problems of a pair as queries for `r2r label`: train.jsonl and validation.jsonl; and synonyms.toml, the table
+/// for its rule.
 #[derive(Args)]
-struct Label {
+struct Queries {
     #[command(flatten)]
     pair: PairArgs,
-}
-
-/// Trains the routers of a pair: the method's, one on mismatches, one for each ablation of the inputs.
-#[derive(Args)]
-struct Train {
-    #[command(flatten)]
-    pair: PairArgs,
-    /// Folder of the labels
-    #[arg(long, value_name = "FOLDER")]
-    labels: PathBuf,
 }
 
 /// Measures every policy and baseline of a pair.
@@ -82,12 +72,12 @@ struct Train {
 struct Evaluate {
     #[command(flatten)]
     pair: PairArgs,
-    /// Folder of the labels
+    /// Folder of the validation problems' labels, with all logits
     #[arg(long, value_name = "FOLDER")]
     labels: PathBuf,
-    /// Folder of the routers
-    #[arg(long, value_name = "FOLDER")]
-    routers: PathBuf,
+    /// A router: r2r, mismatch, logits-only, hidden-only, no-token or no-logits; each once
+    #[arg(long = "router", value_name = "KIND=FOLDER", value_parser = router, required = true)]
+    routers: Vec<(Kind, PathBuf)>,
 }
 
 /// Makes result rows out of the points of all pairs.
@@ -106,9 +96,9 @@ struct Report {
     /// Folder of one of the pairs, for the sizes of its models
     #[arg(long, value_name = "FOLDER")]
     pair: PathBuf,
-    /// Folder of one of the pairs' routers, for its size
+    /// Folder of the R2R router of that pair, for its size
     #[arg(long, value_name = "FOLDER")]
-    routers: PathBuf,
+    router: PathBuf,
     /// The preset that rows name
     #[arg(long, value_name = "NAME", default_value = "")]
     preset: String,
@@ -130,57 +120,45 @@ fn seeded(text: &str) -> Result<(u64, PathBuf), String> {
     }
 }
 
+fn router(text: &str) -> Result<(Kind, PathBuf), String> {
+    let (word, folder) = text.split_once('=').ok_or("expected KIND=FOLDER")?;
+    let known = Kind::ALL.map(Kind::word).join(", ");
+    let kind = Kind::ALL.into_iter().find(|k| k.word() == word);
+    Ok((kind.ok_or_else(|| format!("`{word}` is no router of the study; there are {known}"))?, folder.into()))
+}
+
 impl Study {
     pub fn run(self, quiet: bool) -> Result<()> {
         match self.command {
-            Command::Label(command) => command.run(),
-            Command::Train(command) => command.run(),
+            Command::Queries(command) => command.run(),
             Command::Evaluate(command) => command.run(quiet),
             Command::Report(command) => command.run(),
         }
     }
 }
 
-impl Label {
+impl Queries {
     fn run(&self) -> Result<()> {
         let (study, models) = self.pair.open()?;
-        for part in [Part::Train, Part::Validation] {
-            let labels = label(&models, &study, part, self.pair.seed, &self.pair.out)?;
-            let share = |t: &nics_core::tch::Tensor| -> Result<f64> {
-                let mean = t.f_to_kind(nics_core::tch::Kind::Double)?.f_mean(nics_core::tch::Kind::Double)?;
-                Ok(mean.f_double_value(&[])?)
-            };
-            let (mismatch, divergent) = (share(&labels.mismatch)?, share(&labels.divergent)?);
-            eprintln!(
-                "{}: {} rows, {:.1} % identical, {:.1} % neutral, {:.1} % divergent",
-                part.file(),
-                labels.len(),
-                100.0 * (1.0 - mismatch),
-                100.0 * (mismatch - divergent),
-                100.0 * divergent
-            );
-        }
-        Ok(())
-    }
-}
-
-impl Train {
-    fn run(&self) -> Result<()> {
-        let (study, models) = self.pair.open()?;
-        let interrupt = Interrupt::install()?;
-        let (training, validation) =
-            (Labels::read(&self.labels, Part::Train)?, Labels::read(&self.labels, Part::Validation)?);
-        let seed = self.pair.seed;
-        train_routers(&models, &study, [&training, &validation], seed, &self.pair.out, &interrupt)?;
-        Ok(())
+        Ok(write_queries(&study, &models.task, self.pair.seed, &self.pair.out)?)
     }
 }
 
 impl Evaluate {
     fn run(&self, quiet: bool) -> Result<()> {
+        for kind in Kind::ALL {
+            if self.routers.iter().filter(|(k, _)| *k == kind).count() != 1 {
+                anyhow::bail!("--router {}=FOLDER has to be given once", kind.word());
+            }
+        }
         let (study, models) = self.pair.open()?;
         let interrupt = Interrupt::install()?;
-        let validation = Labels::read(&self.labels, Part::Validation)?;
+        let measures = Measures::of(&LabelSet::open(std::slice::from_ref(&self.labels))?, &models)?;
+        let mut routers = Vec::new();
+        for (kind, folder) in &self.routers {
+            let (router, card) = kind.load(folder, &models)?;
+            routers.push((*kind, router, card));
+        }
         let mut bar = None;
         let mut report = |done: usize, all: usize, what: &str| {
             let bar = bar.get_or_insert_with(|| {
@@ -194,8 +172,8 @@ impl Evaluate {
             }
         };
         let PairArgs { seed, out, .. } = &self.pair;
-        let points =
-            evaluate(&models, &study, &validation, &self.routers, *seed, out, &interrupt, &mut report)?;
+        let inputs = Inputs { models: &models, study: &study, measures: &measures, routers, seed: *seed };
+        let points = evaluate(inputs, out, &interrupt, &mut report)?;
         if let Some(bar) = bar {
             bar.finish();
         }
@@ -212,7 +190,8 @@ impl Report {
             seeds.push((*seed, jsonl::read(folder.join(POINTS_FILE))?));
         }
         let models = Models::load(&self.pair, Device::Cpu)?;
-        let router = Kind::R2r.parameters(&self.routers, &models)?;
+        let (router, _) = Kind::R2r.load(&self.router, &models)?;
+        let router = router.parameters()?.iter().map(|(_, p)| p.numel()).sum::<usize>();
         let [small, middle, large] = models.parameters;
         let name = models.task.ring().name();
         let about = About {
@@ -223,9 +202,7 @@ impl Report {
         };
         let (rows, claims) = figures(&study, &about, &seeds)?;
         row::write(&self.out, &rows)?;
-        let show = |e: &r2r::study::Estimate| {
-            format!("{:.3} ({:.3} to {:.3})", e.value, e.interval[0], e.interval[1])
-        };
+        let show = |e: &Estimate| format!("{:.3} ({:.3} to {:.3})", e.value, e.interval[0], e.interval[1]);
         println!("at R2R's own share its accuracy is ahead of");
         println!("  entropy by {}", show(&claims.over_entropy));
         println!("  chance  by {}", show(&claims.over_random));
@@ -233,7 +210,7 @@ impl Report {
             "90 % of the large model's accuracy: R2R needs {} of entropy's share",
             show(&claims.share_ratio)
         );
-        println!("{}", r2r::study::LIMITS);
+        println!("{}", LIMITS);
         if self.check {
             claims.check()?;
         }

@@ -11,10 +11,10 @@ use nics_core::models::Model;
 use nics_core::sampling::Sampling;
 use nics_datasets::ring::RingProblem;
 use nics_datasets::word_problems::Split;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
-use super::label::{Labels, Part, problems};
 use super::point::marks;
+use super::queries::{Part, problems};
 use super::routers::{Measures, threshold_at};
 use super::settings::Study;
 use super::{Kind, Models, POINTS_FILE, Point, follow};
@@ -22,14 +22,14 @@ use crate::baselines::query::{
     Comparison, Head, Matrix, QueryRouter, Similarity, pooled_states, threshold_for_share,
 };
 use crate::baselines::speculative::{self, Speculative, SpeculativeUsage};
-use crate::checkpoint::load;
+use crate::checkpoint::Card;
 use crate::decode::{Decoder, LocalLarge, Request, Source, TokenEvent, collect};
 use crate::nano::{RESPONSE_TOKENS, RingTask};
 use crate::policy::{
     AlwaysLarge, AlwaysSmall, DuoRolling, Entropy, Immediate, Momentum, Neural, NeuralRolling, Policy,
     Random, Rolling, Settings, SharedRouter,
 };
-use crate::router::Storage;
+use crate::router::Router;
 use crate::sampling::SmallSampling;
 use crate::{Error, Result};
 
@@ -60,30 +60,34 @@ struct Bench<'a> {
     seed: u64,
 }
 
-/// Measures everything that is not in `dir/points.jsonl` yet, point by point. `labels` are those of the validation split,
-/// `routers` the folder that [`super::train_routers`] wrote.
+/// What an evaluation works with.
+pub struct Inputs<'a> {
+    /// The pair.
+    pub models: &'a Models,
+    /// The settings.
+    pub study: &'a Study,
+    /// What policies look at, on the labels of the validation split.
+    pub measures: &'a Measures,
+    /// The routers, each with its card.
+    pub routers: Vec<(Kind, Router, Card)>,
+    /// Seed of problems and draws.
+    pub seed: u64,
+}
+
+/// Measures everything that is not in `dir/points.jsonl` yet, point by point.
 ///
 /// # Errors
 /// A test problem that was trained on, an interrupt, what a model refuses.
-pub fn evaluate(
-    models: &Models,
-    study: &Study,
-    labels: &Labels,
-    routers: &Path,
-    seed: u64,
-    dir: &Path,
-    interrupt: &Interrupt,
-    report: Report,
-) -> Result<Vec<Point>> {
+pub fn evaluate(inputs: Inputs, dir: &Path, interrupt: &Interrupt, report: Report) -> Result<Vec<Point>> {
+    let Inputs { models, study, measures, routers, seed } = inputs;
     let (log, points) = JsonlLog::<Point>::open(dir.join(POINTS_FILE))?;
     let bench = Bench::new(models, study, seed)?;
-    let sweeps = bench.sweeps(labels, routers)?;
-    let mut store = Store { log, points, done: 0, all: 0, interrupt, report };
+    let sweeps = bench.sweeps(measures, routers)?;
+    let mut store = Store { log, points, all: 0, interrupt, report };
     store.all = sweeps.iter().map(|s| s.settings.len()).sum::<usize>()
         + 2
         + study.evaluation.drafts.len()
         + 4 * study.evaluation.coarse_rates.len();
-    store.done = store.points.len();
     for sweep in &sweeps {
         bench.sweep(sweep, &mut store)?;
     }
@@ -98,7 +102,6 @@ pub fn evaluate(
 struct Store<'a> {
     log: JsonlLog<Point>,
     points: Vec<Point>,
-    done: usize,
     all: usize,
     interrupt: &'a Interrupt,
     report: Report<'a>,
@@ -111,15 +114,14 @@ impl Store<'_> {
 
     fn begin(&mut self, what: &str) -> Result<()> {
         self.interrupt.check()?;
-        (self.report)(self.done, self.all, what);
+        (self.report)(self.points.len(), self.all, what);
         Ok(())
     }
 
     fn add(&mut self, point: Point) -> Result<()> {
         self.log.append(&point)?;
         self.points.push(point);
-        self.done += 1;
-        (self.report)(self.done, self.all, "");
+        (self.report)(self.points.len(), self.all, "");
         Ok(())
     }
 
@@ -153,13 +155,13 @@ impl<'a> Bench<'a> {
     }
 
     /// Every policy with its thresholds.
-    fn sweeps(&self, labels: &Labels, routers: &Path) -> Result<Vec<Sweep>> {
-        let measures = Measures::of(labels)?;
+    fn sweeps(&self, measures: &Measures, routers: Vec<(Kind, Router, Card)>) -> Result<Vec<Sweep>> {
         let evaluation = &self.study.evaluation;
         let (fine, coarse) = (evaluation.rates.as_slice(), evaluation.coarse_rates.as_slice());
         let at = |values: &[f32], rates: &[f64]| -> Result<Vec<Setting>> {
             let setting = |&rate: &f64| {
-                let settings = Settings { threshold: Some(threshold_at(values, rate)?), ..Settings::default() };
+                let settings =
+                    Settings { threshold: Some(threshold_at(values, rate)?), ..Settings::default() };
                 Ok(Setting { rate: Some(rate), settings })
             };
             rates.iter().map(setting).collect()
@@ -177,11 +179,8 @@ impl<'a> Bench<'a> {
             sweep(SMALL, alone(), || Ok(Box::new(AlwaysSmall))),
             sweep(LARGE, alone(), || Ok(Box::new(AlwaysLarge))),
         ];
-        for kind in Kind::ALL {
-            let (router, card) =
-                load(&kind.folder(routers), Some(&self.models.embedding), Storage::F32, Device::Cpu)?;
-            let rows = labels.rows(self.study.router.top_k, &labels.divergent)?;
-            let probabilities: Vec<f32> = Vec::try_from(router.probability(&rows.features())?)?;
+        for (kind, router, card) in routers {
+            let probabilities = measures.probabilities(&router)?;
             let router: SharedRouter = Arc::new(Mutex::new(router));
             let rates = if matches!(kind, Kind::R2r | Kind::Mismatch) { fine } else { coarse };
             let mut settings = at(&probabilities, rates)?;
@@ -196,14 +195,15 @@ impl<'a> Bench<'a> {
                     Ok(Box::new(NeuralRolling::new(rolling.clone(), 0.5, 3)?))
                 }));
                 let mut settings = at(&probabilities, coarse)?;
-                settings.push(Setting { rate: None, settings: Settings { threshold, ..Settings::default() } });
+                settings
+                    .push(Setting { rate: None, settings: Settings { threshold, ..Settings::default() } });
                 let sampled = router.clone();
                 let make =
                     move || -> Result<Box<dyn Policy>> { Ok(Box::new(Neural::new(sampled.clone(), 0.5)?)) };
                 sweeps.push(sweep("R2R", settings, make).sampling(evaluation.temperature));
             }
         }
-        let (entropy, aleatoric) = (&measures.entropy, &measures.aleatoric);
+        let (entropy, aleatoric) = (measures.entropy(), measures.aleatoric());
         // What counts as sure in rolling: below the validation rows' median.
         let sure = threshold_at(entropy, 0.5)?;
         sweeps.extend([

@@ -1,8 +1,7 @@
 //! The study of nano pairs: labels, routers, every policy and baseline on held-out problems, figures with intervals.
 //!
 //! ```text
-//! label      the large model answers, the small one reads along, a rule judges where they differ
-//! train      the router; one on mismatches; ablations of its inputs
+//! queries    problems for the label pipeline, and the synonyms for its rule      then `label run` and `train`, as for any pair
 //! evaluate   every policy over a sweep of its threshold, every baseline, on test problems
 //! report     over all seeds: accuracy against the large model's share, and what follows from the curves
 //! ```
@@ -13,20 +12,20 @@
 
 mod evaluate;
 mod figures;
-mod label;
 mod models;
 mod oracle;
 mod point;
+mod queries;
 mod routers;
 mod settings;
 
-pub use evaluate::{Report, evaluate};
+pub use evaluate::{Inputs, Report, evaluate};
 pub use figures::{About, Claims, Estimate, figures};
-pub use label::{Labels, Part, label};
 pub use models::Models;
 pub use oracle::{FollowedPath, follow};
 pub use point::{POINTS_FILE, Point};
-pub use routers::{Kind, train_routers};
+pub use queries::{Part, SYNONYMS_FILE, write_queries};
+pub use routers::{Kind, Measures};
 pub use settings::Study;
 
 /// What a study of nano pairs does not show, for whoever reads its figures.

@@ -10,7 +10,7 @@ use nics_core::seam::{KvCache, Ragged, SeqId};
 use tch::{Kind, Tensor};
 
 use super::Models;
-use super::label::{ends_sentence, same, sentence_start};
+use crate::nano::RingTask;
 use crate::{Error, Result};
 
 /// More tokens than a sentence has.
@@ -153,4 +153,38 @@ fn next(model: &dyn Model, cache: &mut DenseCache, parts: &[(SeqId, usize, Vec<u
     let logits = model.logits(&out.hidden.f_index_select(0, &last)?)?.f_to_kind(Kind::Float)?;
     let tokens: Vec<i64> = Vec::try_from(logits.f_argmax(1, false)?)?;
     Ok(tokens.into_iter().map(|t| t as u32).collect())
+}
+
+/// Where the sentence of a position begins: behind the last separator or marker before it.
+fn sentence_start(task: &RingTask, text: &[u32], position: usize) -> usize {
+    let think = task.think();
+    let ends = |id: u32| task.is_separator(id) || [think.start, think.end].contains(&i64::from(id));
+    text[..position].iter().rposition(|&id| ends(id)).map_or(0, |at| at + 1)
+}
+
+/// Whether an id ends a sentence.
+fn ends_sentence(task: &RingTask, id: u32) -> bool {
+    task.is_separator(id) || id == task.eos()
+}
+
+/// The rule that judges: sentences of one meaning, word by word.
+fn same(task: &RingTask, a: &[u32], b: &[u32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| task.meaning(*a) == task.meaning(*b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_are_compared_by_meaning() {
+        let task = RingTask::new(19).unwrap();
+        let ids = |text: &str| task.encode(text).unwrap();
+        let text = ids("<bos> 1 + 2 ? <think> so 1 + 2 = 3 . then");
+        assert_eq!(sentence_start(&task, &text, 13), 13);
+        assert_eq!(sentence_start(&task, &text, 9), 6);
+        assert!(same(&task, &ids("so 1 + 2 = 3 ."), &ids("now 1 + 2 = 3 !!")));
+        assert!(!same(&task, &ids("so 1 + 2 = 3 ."), &ids("so 1 + 2 = 4 .")));
+        assert!(!same(&task, &ids("so 1 + 2 = 3"), &ids("so 1 + 2 = 3 .")));
+    }
 }

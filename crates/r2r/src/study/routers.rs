@@ -1,16 +1,15 @@
-//! The routers of a study.
+//! The routers of a study, and thresholds at given shares of the validation rows.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use nics_base::interrupt::Interrupt;
-use tch::{Device, Kind as Dtype};
+use tch::{Device, Tensor};
 
-use super::settings::Study;
-use super::{Labels, Models};
-use crate::checkpoint::{Card, CommonArgs, LabelStatistics, load, save};
+use super::Models;
+use crate::checkpoint::{Card, load};
+use crate::labels::pipeline::{Documents, LabelColumn, LabelSet};
 use crate::policy::uncertainty::{Evidence, TOP, entropy};
 use crate::router::{Architecture, InitArgs, Router, RouterConfig, Storage};
-use crate::training::{Hooks, train};
+use crate::training::Rows;
 use crate::{Error, Result};
 
 /// A router of the study.
@@ -47,25 +46,20 @@ impl Kind {
         }
     }
 
-    /// Its folder.
-    pub fn folder(self, routers: &Path) -> PathBuf {
-        routers.join(match self {
+    /// Its name on command lines.
+    pub fn word(self) -> &'static str {
+        match self {
             Self::R2r => "r2r",
             Self::Mismatch => "mismatch",
             Self::LogitsOnly => "logits-only",
             Self::HiddenOnly => "hidden-only",
             Self::NoToken => "no-token",
             Self::NoLogits => "no-logits",
-        })
+        }
     }
 
-    /// Parameters of the trained router under `routers`.
-    pub fn parameters(self, routers: &Path, models: &Models) -> Result<usize> {
-        let (router, _) = load(&self.folder(routers), Some(&models.embedding), Storage::F32, Device::Cpu)?;
-        Ok(router.parameters()?.iter().map(|(_, p)| p.numel()).sum())
-    }
-
-    fn architecture(self) -> Architecture {
+    /// What a router of this kind reads.
+    pub fn architecture(self) -> Architecture {
         match self {
             Self::R2r | Self::Mismatch => Architecture::HiddenTokenLogits,
             Self::LogitsOnly => Architecture::Logits,
@@ -74,98 +68,72 @@ impl Kind {
             Self::NoLogits => Architecture::HiddenToken,
         }
     }
-}
 
-/// Trains every router and writes it into its folder under `dir`; those that are there are left.
-///
-/// # Errors
-/// Labels of one kind alone, an interrupt.
-pub fn train_routers(
-    models: &Models,
-    study: &Study,
-    labels: [&Labels; 2],
-    seed: u64,
-    dir: &Path,
-    interrupt: &Interrupt,
-) -> Result<()> {
-    let [training, validation] = labels;
-    for kind in Kind::ALL {
-        let folder = kind.folder(dir);
-        if folder.exists() {
-            continue;
+    /// Reads a router of this kind for the models of a pair.
+    ///
+    /// # Errors
+    /// A folder that does not load, a router of another kind or tokenizer.
+    pub fn load(self, dir: &Path, models: &Models) -> Result<(Router, Card)> {
+        let (router, card) = load(dir, Some(&models.embedding), Storage::F32, Device::Cpu)?;
+        let (found, expected) = (router.config().architecture, self.architecture());
+        if found != expected {
+            let expected = format!("{} for {}", expected.name(), self.word());
+            return Err(Error::setting(&format!("the type of {}", dir.display()), found.name(), expected));
         }
-        let settings = &study.router;
-        let architecture = kind.architecture();
-        let args = InitArgs {
-            hidden_states_size: architecture.takes_hidden().then(|| models.embedding.size()[1]),
-            logits_size: architecture.takes_logits().then_some(settings.top_k),
-            hidden_dims: settings.hidden_dims.clone(),
-            expansion_factor: settings.expansion_factor,
-            dropout_rate: settings.dropout_rate,
-            ..InitArgs::default()
-        };
-        let config = RouterConfig { architecture, args };
-        let mut router = Router::random(config.clone(), Some(&models.embedding), None, seed, Device::Cpu)?;
-        let column = |labels: &Labels| {
-            if kind == Kind::Mismatch {
-                labels.mismatch.shallow_clone()
-            } else {
-                labels.divergent.shallow_clone()
-            }
-        };
-        let rows = |labels: &Labels| labels.rows(settings.top_k, &column(labels));
-        let mut run = settings.training.clone();
-        run.seed += seed;
-        let hooks = Hooks { interrupt: interrupt.clone(), ..Hooks::default() };
-        let state = dir.join(format!("{}.state", kind.name().replace([',', ' '], "-")));
-        std::fs::create_dir_all(&state)
-            .map_err(|source| nics_core::Error::Io { path: state.clone(), source })?;
-        let outcome = train(&mut router, &rows(training)?, &rows(validation)?, &run, Some(&state), hooks)?;
-        let common = CommonArgs { threshold: outcome.threshold.threshold, input_type: inputs(architecture) };
-        let mut card = Card::new(&config, common);
-        let count =
-            |t: &tch::Tensor| -> Result<u64> { Ok(t.f_sum(Dtype::Int64)?.f_int64_value(&[])? as u64) };
-        card.tokenizer_hash = Some(models.tokenizer.clone());
-        card.labels = Some(LabelStatistics {
-            train: training.len() as u64,
-            validation: validation.len() as u64,
-            divergent: count(&training.divergent)?,
-            mismatch: count(&training.mismatch)?,
-        });
-        card.validation_curve = outcome.validation.curve();
-        save(&folder, &router, &card)?;
-        let removed = std::fs::remove_dir_all(&state);
-        removed.map_err(|source| nics_core::Error::Io { path: state, source })?;
+        if let Some(hash) = card.tokenizer_hash.as_ref().filter(|hash| **hash != models.tokenizer) {
+            let (router, found) = (hash.clone(), models.tokenizer.clone());
+            return Err(Error::TokenizerMismatch { router, model: "the pair".into(), found });
+        }
+        Ok((router, card))
     }
-    Ok(())
-}
-
-fn inputs(architecture: Architecture) -> Vec<String> {
-    [
-        ("hidden_states", architecture.takes_hidden()),
-        ("token", architecture.takes_token()),
-        ("logits", architecture.takes_logits()),
-    ]
-    .into_iter()
-    .filter(|(_, takes)| *takes)
-    .map(|(name, _)| name.to_owned())
-    .collect()
 }
 
 /// What policies look at, on labelled rows.
-pub(super) struct Measures {
-    pub entropy: Vec<f32>,
-    pub aleatoric: Vec<f32>,
+pub struct Measures {
+    rows: Rows,
+    entropy: Vec<f32>,
+    aleatoric: Vec<f32>,
 }
 
 impl Measures {
-    pub(super) fn of(labels: &Labels) -> Result<Self> {
+    /// Of the rows of labels that count. All logits have to be among them.
+    ///
+    /// # Errors
+    /// Labels with fewer logits than the vocabulary has, which leave the entropy unknown.
+    pub fn of(labels: &LabelSet, models: &Models) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        let numbers = |t: &tch::Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(t)?) };
-        Ok(Self {
-            entropy: numbers(&entropy(&labels.logits)?)?,
-            aleatoric: numbers(&Evidence::of(&labels.logits, TOP)?.aleatoric)?,
-        })
+        let (vocab, hidden) = models.embedding.size2()?;
+        let args =
+            InitArgs { hidden_states_size: Some(hidden), logits_size: Some(vocab), ..InitArgs::default() };
+        let config = RouterConfig { architecture: Architecture::HiddenTokenLogits, args };
+        let (rows, _) = labels.read(&config, LabelColumn::Divergent, Documents::All)?;
+        let logits = rows.logits.as_ref().ok_or_else(|| Error::Input("the labels have no logits".into()))?;
+        let numbers = |t: &Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(t)?) };
+        let (entropy, aleatoric) =
+            (numbers(&entropy(logits)?)?, numbers(&Evidence::of(logits, TOP)?.aleatoric)?);
+        Ok(Self { rows, entropy, aleatoric })
+    }
+
+    /// Entropies in nats.
+    pub fn entropy(&self) -> &[f32] {
+        &self.entropy
+    }
+
+    /// The aleatoric measure.
+    pub fn aleatoric(&self) -> &[f32] {
+        &self.aleatoric
+    }
+
+    /// A router's probabilities.
+    pub fn probabilities(&self, router: &Router) -> Result<Vec<f32>> {
+        let _guard = tch::no_grad_guard();
+        let logits = match (&self.rows.logits, router.config().top_k()) {
+            (Some(all), Some(k)) => Some(all.f_narrow(1, 0, k)?.f_contiguous()?),
+            _ => None,
+        };
+        let mut features = self.rows.features();
+        features.logits = logits.as_ref();
+        Ok(Vec::try_from(router.probability(&features)?)?)
     }
 }
 

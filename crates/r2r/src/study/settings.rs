@@ -5,7 +5,6 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::baselines::query::QueryTraining;
-use crate::training::TrainingConfig;
 use crate::{Error, Result};
 
 /// The settings of a study.
@@ -14,8 +13,6 @@ use crate::{Error, Result};
 pub struct Study {
     /// Label data.
     pub labels: LabelSettings,
-    /// Routers of tokens.
-    pub router: RouterSettings,
     /// Routers of queries.
     pub query: QuerySettings,
     /// What is measured.
@@ -32,22 +29,6 @@ pub struct LabelSettings {
     pub validation: usize,
     /// Seed of the problems; the pair's is added.
     pub seed: u64,
-}
-
-/// Routers of tokens.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RouterSettings {
-    /// Largest logits that it reads.
-    pub top_k: i64,
-    /// Width of each block.
-    pub hidden_dims: Vec<i64>,
-    /// How much wider a block is inside.
-    pub expansion_factor: i64,
-    /// Share of values dropped in training.
-    pub dropout_rate: f64,
-    /// The optimiser; the pair's seed is added to its own.
-    pub training: TrainingConfig,
 }
 
 /// Routers of queries.
@@ -127,7 +108,6 @@ impl Study {
         if !(temperature > 0.0 && temperature <= 100.0) {
             return Err(format!("evaluation.temperature is {temperature}, expected above 0, at most 100"));
         }
-        study.router.training.validate().map_err(|e| format!("router.training: {e}"))?;
         Ok(study)
     }
 }
@@ -144,8 +124,8 @@ mod tests {
             ("problems = 1000", "problems = 0", "evaluation.problems"),
             ("rates = [0.05", "rates = [0.5", "rising"),
             ("temperature = 0.6", "temperature = 0", "temperature"),
-            ("top_k", "topk", "topk"),
-            ("lr = 2e-3", "lr = -1.0", "lr"),
+            ("drafts = [2", "drafts = [0", "drafts"),
+            ("drafts", "draft", "draft"),
         ] {
             assert!(text.contains(from), "{from}");
             let error = Study::parse(&text.replacen(from, to, 1)).unwrap_err();
