@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::router::{Architecture, InitArgs, Router, RouterConfig, Storage};
+use crate::router::{Architecture, InitArgs, Router, RouterConfig, Storage, quantize};
 use crate::{Error, Result};
 
 /// The file with the tensors.
@@ -90,6 +90,10 @@ pub struct Card {
     /// Threshold against recall and positive rate on the validation rows.
     #[serde(default)]
     pub validation_curve: Vec<CurvePoint>,
+    /// How the matrices are kept in `router.safetensors`: float32, bfloat16, or 8-bit integers with a scale for each output
+    /// (`NAME.weight` and `NAME.weight_scale`).
+    #[serde(default)]
+    pub storage: Storage,
     /// BLAKE3 of `router.safetensors`; filled in when the router is saved.
     #[serde(default)]
     pub weights_hash: String,
@@ -109,6 +113,7 @@ impl Card {
             tokenizer_hash: None,
             labels: None,
             validation_curve: Vec::new(),
+            storage: Storage::F32,
             weights_hash: String::new(),
         }
     }
@@ -147,7 +152,7 @@ pub fn tokenizer_hash(tokenizer: &Tokenizer) -> String {
 }
 
 /// Writes a router into the folder `dir`, which appears whole or not at all and replaces an older one. The frozen
-/// embedding is not written.
+/// embedding is not written. Matrices are written in the card's storage.
 ///
 /// # Errors
 /// A router that is not kept in float32: what was rounded to fewer bits is no source.
@@ -159,20 +164,100 @@ pub fn save(dir: &Path, router: &Router, card: &Card) -> Result<()> {
             "F32, to be saved",
         ));
     }
-    let bytes = tensor_bytes(&dir.join(WEIGHTS_FILE), &router.tensors()?)?;
+    let mut tensors = Vec::new();
+    for (name, tensor) in router.tensors()? {
+        match card.storage {
+            Storage::Bf16 if is_matrix(&name, &tensor) => {
+                tensors.push((name, tensor.f_to_kind(Kind::BFloat16)?));
+            }
+            Storage::Int8 if is_matrix(&name, &tensor) => {
+                let (values, scale) = quantize(&tensor)?;
+                tensors.extend([(format!("{name}{SCALE}"), scale), (name, values)]);
+            }
+            _ => tensors.push((name, tensor)),
+        }
+    }
+    let bytes = tensor_bytes(&dir.join(WEIGHTS_FILE), &tensors)?;
     let mut card = card.clone();
     card.weights_hash = hash::bytes(&bytes);
-    let json = serde_json::to_string_pretty(&card)
-        .map_err(|source| nics_base::Error::Json { what: "a router's card".into(), source })?;
     let folder = AtomicDir::create(dir)?;
-    let io = |name: &str| {
-        let path = folder.path().join(name);
-        move |source| nics_base::Error::Io { action: "write", path, source }
-    };
-    std::fs::write(folder.path().join(WEIGHTS_FILE), bytes).map_err(io(WEIGHTS_FILE))?;
-    std::fs::write(folder.path().join(CARD_FILE), json + "\n").map_err(io(CARD_FILE))?;
+    let path = folder.path().join(WEIGHTS_FILE);
+    std::fs::write(&path, bytes).map_err(|source| nics_base::Error::Io { action: "write", path, source })?;
+    nics_base::artefact::write_atomic(folder.path().join(CARD_FILE), card_json(&card)?)?;
     folder.commit()?;
     Ok(())
+}
+
+/// Replaces the card of a folder, e.g. for another threshold; the weights stay.
+///
+/// # Errors
+/// A card whose hash is not that of the weights there.
+pub fn save_card(dir: &Path, card: &Card) -> Result<()> {
+    let weights = dir.join(WEIGHTS_FILE);
+    let found = hash::file(&weights)?;
+    if found != card.weights_hash {
+        let reason = format!("its hash is {found}, the card says {}", card.weights_hash);
+        return Err(Error::Damaged { path: weights, reason });
+    }
+    Ok(nics_base::artefact::write_atomic(dir.join(CARD_FILE), card_json(card)?)?)
+}
+
+fn card_json(card: &Card) -> Result<String> {
+    let json = serde_json::to_string_pretty(card)
+        .map_err(|source| nics_base::Error::Json { what: "a router's card".into(), source })?;
+    Ok(json + "\n")
+}
+
+/// Behind the name of a matrix in 8-bit integers: its scales.
+const SCALE: &str = "_scale";
+
+/// Whether a tensor is the matrix of a linear layer.
+fn is_matrix(name: &str, tensor: &Tensor) -> bool {
+    name.ends_with(".weight") && tensor.dim() == 2
+}
+
+/// The tensors of a file in 8-bit integers, in float32.
+fn widened(path: &Path, device: Device) -> Result<TensorPath> {
+    let at = TensorPath::from_file(path)?;
+    let mut tensors = HashMap::new();
+    for name in at.unread() {
+        let stored = at.stored(&name)?;
+        if stored.kind() == Kind::Int8 {
+            let scale = at.stored(&format!("{name}{SCALE}"))?;
+            tensors.insert(name, stored.f_to_kind(Kind::Float)?.f_mul(&scale.f_unsqueeze(1)?)?);
+        } else if !name.ends_with(SCALE) {
+            tensors.insert(name, stored);
+        }
+    }
+    Ok(TensorPath::from_tensors(tensors).to(device, Kind::Float))
+}
+
+/// Reads the card of a folder that [`save`] wrote, without its weights.
+///
+/// # Errors
+/// [`Error::Damaged`] for a card that does not parse or of another version, [`Error::ThresholdOutOfRange`].
+pub fn read_card(dir: &Path) -> Result<Card> {
+    let path = dir.join(CARD_FILE);
+    let io = |source| Error::Core(nics_core::Error::Io { path: path.clone(), source });
+    let damaged = |reason: String| Error::Damaged { path: path.clone(), reason };
+    let size = path.metadata().map_err(io)?.len();
+    if size > MAX_CARD {
+        return Err(damaged(format!("it takes {size} bytes, more than the {MAX_CARD} that are read")));
+    }
+    let text = std::fs::read_to_string(&path).map_err(io)?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+    let version = json.get("format_version").and_then(Value::as_u64);
+    if version != Some(u64::from(FORMAT)) {
+        let found = version.map_or_else(|| "absent".to_owned(), |v| v.to_string());
+        return Err(damaged(format!("format_version is {found}, this release reads {FORMAT}")));
+    }
+    let card: Card = serde_path_to_error::deserialize(json)
+        .map_err(|e| damaged(format!("{}: {}", e.path(), e.inner())))?;
+    let threshold = card.common_args.threshold;
+    if !(0.0..=1.0).contains(&threshold) {
+        return Err(Error::ThresholdOutOfRange { found: threshold });
+    }
+    Ok(card)
 }
 
 /// The bytes of a safetensors file; `path` is for messages alone.
@@ -183,6 +268,8 @@ pub(crate) fn tensor_bytes(path: &Path, tensors: &[(String, Tensor)]) -> Result<
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let dtype = match tensor.kind() {
             Kind::Float => Dtype::F32,
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Int8 => Dtype::I8,
             Kind::Double => Dtype::F64,
             Kind::Int64 => Dtype::I64,
             Kind::Uint8 => Dtype::U8,
@@ -216,26 +303,8 @@ pub fn load(
     storage: Storage,
     device: Device,
 ) -> Result<(Router, Card)> {
-    let path = dir.join(CARD_FILE);
-    let io = |source| Error::Core(nics_core::Error::Io { path: path.clone(), source });
+    let card = read_card(dir)?;
     let damaged = |path: &Path, reason: String| Error::Damaged { path: path.to_owned(), reason };
-    let size = path.metadata().map_err(io)?.len();
-    if size > MAX_CARD {
-        return Err(damaged(&path, format!("it takes {size} bytes, more than the {MAX_CARD} that are read")));
-    }
-    let text = std::fs::read_to_string(&path).map_err(io)?;
-    let json: Value = serde_json::from_str(&text).map_err(|e| damaged(&path, e.to_string()))?;
-    let version = json.get("format_version").and_then(Value::as_u64);
-    if version != Some(u64::from(FORMAT)) {
-        let found = version.map_or_else(|| "absent".to_owned(), |v| v.to_string());
-        return Err(damaged(&path, format!("format_version is {found}, this release reads {FORMAT}")));
-    }
-    let card: Card = serde_path_to_error::deserialize(json)
-        .map_err(|e| damaged(&path, format!("{}: {}", e.path(), e.inner())))?;
-    let threshold = card.common_args.threshold;
-    if !(0.0..=1.0).contains(&threshold) {
-        return Err(Error::ThresholdOutOfRange { found: threshold });
-    }
     let weights = dir.join(WEIGHTS_FILE);
     let found = hash::file(&weights)?;
     if found != card.weights_hash {
@@ -245,7 +314,10 @@ pub fn load(
             format!("its hash is {found}, {CARD_FILE} says {expected}: copy both files again"),
         ));
     }
-    let at = TensorPath::from_file(&weights)?.to(device, Kind::Float);
+    let at = match card.storage {
+        Storage::Int8 => widened(&weights, device)?,
+        Storage::F32 | Storage::Bf16 => TensorPath::from_file(&weights)?.to(device, Kind::Float),
+    };
     let router = Router::load(card.config(), &at, embedding, storage)?;
     Ok((router, card))
 }

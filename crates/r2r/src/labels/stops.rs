@@ -73,6 +73,11 @@ impl StopTokens {
         Self { ids }
     }
 
+    /// These ids.
+    pub fn of_ids(ids: impl IntoIterator<Item = i64>) -> Self {
+        Self { ids: ids.into_iter().collect() }
+    }
+
     /// Of a tokenizer: each token as the text that it stands for.
     pub fn of_tokenizer(tokenizer: &Tokenizer, think: Option<ThinkTokens>) -> Result<Self> {
         let mut texts = Vec::new();

@@ -26,6 +26,7 @@ use tch::{Device, Kind, Tensor};
 pub use backbone::Dropout;
 pub use config::{Architecture, InitArgs, RouterConfig};
 pub use dense::{Dense, LayerNorm, Storage};
+pub(crate) use int8::quantize;
 pub use route::{Routed, largest_logits, route};
 
 use backbone::Backbone;

@@ -6,6 +6,7 @@
 //! weights, losses) is replaced at once.
 
 mod config;
+mod recipe;
 mod rows;
 mod state;
 
@@ -19,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
 pub use config::{LossKind, TrainingConfig};
+pub use recipe::{LabelChoice, RouterShape, TrainRecipe};
 pub use rows::Rows;
 pub use state::STATE_FILE;
 
@@ -210,6 +212,21 @@ fn update(optimizer: &mut AdamW, loss: &Tensor, config: &TrainingConfig) -> Resu
         }
     }
     Ok(optimizer.step(&grads, config.lr)?)
+}
+
+/// Every row's probability with its label, `batch` rows at a time.
+///
+/// # Errors
+/// Features that the router does not take, [`Error::NoPositiveLabels`] unless there are rows of both kinds.
+pub fn score(router: &Router, rows: &Rows, batch: usize) -> Result<Scored> {
+    let all: Vec<i64> = (0..rows.len() as i64).collect();
+    let mut probability = Vec::with_capacity(rows.len());
+    for part in all.chunks(batch.max(1)) {
+        let part = rows.select(part)?;
+        probability.extend(Vec::<f32>::try_from(router.probability(&part.features())?)?);
+    }
+    let divergent = Vec::<f32>::try_from(&rows.divergent)?.into_iter().map(|d| d > 0.5).collect();
+    Scored::new(probability, divergent)
 }
 
 /// Mean of the batches' losses, and every row's probability.
