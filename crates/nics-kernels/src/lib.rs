@@ -10,6 +10,7 @@
 //! | [`gemv`] | matrix times a few vectors, f32, bf16 and f16 |
 //! | [`attention`] | attention of one new row over dense keys and values, each read once for its group of query heads |
 //! | [`norm`], [`rotary`], [`gate`] | root-mean-square norm, rotary embedding, the gate of an MLP |
+//! | [`largest`](mod@largest) | the largest logits of a vocabulary |
 //! | [`memory`] | huge pages, and the read bandwidth that is the limit |
 //!
 //! Every kernel has a scalar version and is held against it by tests over random shapes. A row's result does not depend
@@ -25,6 +26,7 @@ pub mod gate;
 pub mod gemv;
 pub mod isa;
 mod lanes;
+pub mod largest;
 pub mod memory;
 pub mod norm;
 pub mod pool;

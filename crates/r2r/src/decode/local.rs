@@ -4,15 +4,20 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use nics_core::cache::DenseCache;
+use nics_core::device::OneThread;
 use nics_core::models::{Batch, Input, Model};
 use nics_core::sampling::{Sampler, Sampling};
 use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_kernels::gemv::MAX_ROWS;
 use tch::{Device, Kind, Tensor};
 
 use super::CHUNK;
 use super::large::{Answer, LargeModel, LargeRequest, LargeToken, ReadAhead, seed_at};
 use crate::policy::Sequence;
 use crate::{Error, Result};
+
+/// So few rows are those of a sequence that is being written: they wait for nobody's prompt.
+const FEW: usize = 64;
 
 struct Open {
     seq: SeqId,
@@ -26,8 +31,8 @@ struct Open {
 
 /// A large model in this process.
 ///
-/// What is asked together is one ragged call; more than [`CHUNK`] rows are spread over several calls of
-/// [`answers`](LargeModel::answers), a chunk each, so that nobody waits for another's prompt.
+/// What is asked together is one ragged call; prompts of more than [`CHUNK`] rows together are spread over several calls of
+/// [`answers`](LargeModel::answers), a chunk each, so that nobody waits for another's.
 pub struct LocalLarge<'m> {
     model: &'m dyn Model,
     cache: DenseCache,
@@ -115,17 +120,21 @@ impl<'m> LocalLarge<'m> {
         Ok(out.hidden.f_index_select(0, &last)?)
     }
 
-    /// One round: at most a chunk of rows, oldest requests first. Those whose rows fit share one call and are answered; one
-    /// that has a chunk and more left reads a chunk by itself, at the same places whoever else is there.
+    /// One round: everybody who lags behind by a few rows and, oldest first, at most a chunk of others' rows. Those who come
+    /// to their end share one call and are answered; one that has more than a chunk left reads a chunk by itself, at the
+    /// same places whoever else is there.
     fn round(&mut self) -> Result<Vec<Answer>> {
         let (mut budget, mut ends, mut pieces) = (CHUNK, Vec::new(), Vec::new());
         for &sequence in &self.asked {
             let left = self.get(sequence)?.ids.len() - self.kept(sequence)?;
             let rows = left.min(CHUNK);
-            if rows > budget {
-                break; // A younger one does not overtake.
+            if rows > FEW {
+                if rows > budget {
+                    budget = 0; // A younger one does not overtake.
+                    continue;
+                }
+                budget -= rows;
             }
-            budget -= rows;
             if left > CHUNK { &mut pieces } else { &mut ends }.push((sequence, rows));
         }
         for piece in pieces {
@@ -151,6 +160,8 @@ impl<'m> LocalLarge<'m> {
     }
 
     fn choose(&self, ends: &[(Sequence, usize)], hidden: &Tensor) -> Result<Vec<Answer>> {
+        // What lies between the kernels is too small to share (see `OneThread`).
+        let _between_kernels = OneThread::when(ends.len() <= MAX_ROWS && hidden.device() == Device::Cpu);
         let logits = self.model.logits(hidden)?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?;
         let mut answers = Vec::with_capacity(ends.len());
         for (row, &(sequence, _)) in ends.iter().enumerate() {

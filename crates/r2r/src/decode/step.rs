@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use nics_core::device::OneThread;
 use nics_core::models::{Batch, Input};
 use nics_core::seam::{KvCache, Ragged};
+use nics_kernels::gemv::MAX_ROWS;
 use tch::{Device, Kind, Tensor};
 
 use super::{CHUNK, Decoder, Finish, LargeRequest, LargeToken, OnFailure, Running, Source, Step, TokenEvent};
@@ -108,6 +110,9 @@ impl Decoder<'_> {
     fn propose(&mut self) -> Result<()> {
         let (fresh, hidden) = self.small_step()?;
         let Some(hidden) = hidden else { return Ok(()) };
+        // What lies between the kernels is too small to share (see `OneThread`).
+        let few = fresh.len() <= MAX_ROWS && hidden.device() == Device::Cpu;
+        let _between_kernels = OneThread::when(few);
         let logits = self.small.logits(&hidden)?;
         let on_cpu = logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?;
         // A policy that fails is asked again: the draws are the sequences' once it has spoken.

@@ -48,10 +48,10 @@ impl Dense {
         let bias = at.tensor("bias", &[output])?;
         let weight = match storage {
             Storage::F32 => Weight::Plain(weight),
-            Storage::Bf16 => Weight::Plain(weight.f_to_kind(Kind::BFloat16)?),
+            Storage::Bf16 => Weight::Plain(in_huge_pages(weight.f_to_kind(Kind::BFloat16)?)?),
             Storage::Int8 => {
                 let (values, scale) = int8::quantize(&weight)?;
-                Weight::Int8 { values, scale }
+                Weight::Int8 { values: in_huge_pages(values)?, scale }
             }
         };
         Ok(Self { weight, bias })
@@ -111,6 +111,20 @@ impl Dense {
         }
         Ok(Some(y))
     }
+}
+
+/// A copy in huge pages where that pays: weights are read in every step.
+fn in_huge_pages(weight: Tensor) -> Result<Tensor> {
+    const LARGE: usize = 256 << 10;
+    let bytes = weight.numel() * weight.kind().elt_size_in_bytes();
+    if weight.device() != Device::Cpu || bytes < LARGE {
+        return Ok(weight);
+    }
+    let mut own = weight.f_new_empty(weight.size(), (weight.kind(), weight.device()))?;
+    nics_kernels::memory::prefer_huge_pages(own.data_ptr().cast_const().cast(), bytes);
+    own.f_copy_(&weight)?;
+    nics_kernels::memory::settle_in_huge_pages(own.data_ptr().cast_const().cast(), bytes);
+    Ok(own)
 }
 
 /// Layer norm with scale and shift, eps 1e-5.

@@ -8,6 +8,8 @@ use crate::{Error, Result};
 
 /// Outputs of one task of the pool.
 const OUTPUTS: usize = 64;
+/// Outputs whose sums are taken together: each value of `x` is loaded once for all of them.
+const TOGETHER: usize = 4;
 /// Independent sums of a dot product.
 const LANES: usize = 16;
 
@@ -60,35 +62,77 @@ pub fn product(
     let results = Results(y.data_ptr().cast());
     let results = &results;
     pool.run(out.div_ceil(OUTPUTS), &|task| {
-        for o in task * OUTPUTS..((task + 1) * OUTPUTS).min(out) {
-            let weights = &weights[o * input..(o + 1) * input];
+        let end = ((task + 1) * OUTPUTS).min(out);
+        for first in (task * OUTPUTS..end).step_by(TOGETHER) {
+            let count = TOGETHER.min(end - first);
+            // A missing output takes the weights of the last one; its sum is thrown away.
+            let weights: [&[i8]; TOGETHER] = std::array::from_fn(|i| {
+                let o = first + i.min(count - 1);
+                &weights[o * input..(o + 1) * input]
+            });
             for row in 0..rows {
-                let sum = dot(weights, &xs[row * input..(row + 1) * input]);
-                // SAFETY: `row < rows` and `o < out` are inside `y`; this task alone writes these outputs.
-                unsafe { results.0.add(row * out + o).write(sum * scale[o] + bias[o]) };
+                let sums = dots(weights, &xs[row * input..(row + 1) * input]);
+                for (o, sum) in (first..first + count).zip(sums) {
+                    // SAFETY: `row < rows` and `o < out` are inside `y`; this task alone writes these outputs.
+                    unsafe { results.0.add(row * out + o).write(sum * scale[o] + bias[o]) };
+                }
             }
         }
     });
     Ok(())
 }
 
-/// The sum of products, with the best instructions there are.
-fn dot(weights: &[i8], x: &[f32]) -> f32 {
+/// A sum of products for each row of weights, with the best instructions there are.
+fn dots(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
     #[cfg(target_arch = "x86_64")]
-    if nics_kernels::Isa::detect() >= nics_kernels::Isa::Avx2 {
+    match nics_kernels::Isa::detect() {
         // SAFETY: the processor has these instructions.
-        return unsafe { dot_avx2(weights, x) };
+        nics_kernels::Isa::Avx512 => return unsafe { dots_avx512(weights, x) },
+        // SAFETY: the processor has these instructions.
+        nics_kernels::Isa::Avx2 => return unsafe { dots_avx2(weights, x) },
+        nics_kernels::Isa::Scalar => {}
     }
-    dot_lanes(weights, x)
+    weights.map(|weights| dot_lanes(weights, x))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn dots_avx512(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
+    use std::arch::x86_64::{
+        _mm_loadu_si128, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_reduce_add_ps, _mm512_setzero_ps,
+    };
+    let whole = x.len() / (2 * LANES) * (2 * LANES);
+    assert!(weights.iter().all(|w| w.len() == x.len()));
+    let mut sums = [[_mm512_setzero_ps(); 2]; TOGETHER];
+    for at in (0..whole).step_by(2 * LANES) {
+        for half in 0..2 {
+            let at = at + half * LANES;
+            // SAFETY: 16 values from `at` on lie below `whole`, which is at most the length of `x` and of all weights.
+            unsafe {
+                let v = _mm512_loadu_ps(x.as_ptr().add(at));
+                for (sum, w) in sums.iter_mut().zip(weights) {
+                    let w = _mm512_cvtepi8_epi32(_mm_loadu_si128(w.as_ptr().add(at).cast()));
+                    sum[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(w), v, sum[half]);
+                }
+            }
+        }
+    }
+    let mut result = [0.0; TOGETHER];
+    for ((result, sum), w) in result.iter_mut().zip(sums).zip(weights) {
+        let rest: f32 = w[whole..].iter().zip(&x[whole..]).map(|(&w, &v)| f32::from(w) * v).sum();
+        *result = _mm512_reduce_add_ps(sum[0]) + _mm512_reduce_add_ps(sum[1]) + rest;
+    }
+    result
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn dot_avx2(weights: &[i8], x: &[f32]) -> f32 {
-    dot_lanes(weights, x)
+fn dots_avx2(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
+    weights.map(|weights| dot_lanes(weights, x))
 }
 
-/// Sums in lanes, which the compiler makes into vectors; the order of additions is the same with any instructions.
+/// Sums in lanes, which the compiler makes into vectors.
 #[allow(clippy::inline_always)] // Gets the caller's instructions by being inlined.
 #[inline(always)]
 fn dot_lanes(weights: &[i8], x: &[f32]) -> f32 {
@@ -132,6 +176,14 @@ mod tests {
             let mut y = Tensor::zeros([rows, out], (Kind::Float, Device::Cpu));
             product(&nics_kernels::pool::own(), &x, &values, &scale, &bias, &mut y, input as usize).unwrap();
             let expected = x.linear(&dense, Some(&bias));
+            // Whatever instructions this machine has, the plain sums are held too.
+            let weights: Vec<i8> = Vec::try_from(values.reshape([-1])).unwrap();
+            let first: Vec<f32> = Vec::try_from(x.get(0)).unwrap();
+            let rows: [&[i8]; TOGETHER] = [&weights[..input as usize]; TOGETHER];
+            let plain = dot_lanes(rows[0], &first);
+            for sum in dots(rows, &first) {
+                prop_assert!((sum - plain).abs() <= 1e-4 * plain.abs().max(100.0));
+            }
             prop_assert!((y - expected).abs().max().double_value(&[]) < 1e-4);
         }
     }
