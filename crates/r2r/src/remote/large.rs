@@ -87,21 +87,24 @@ impl RemoteLarge {
         })
     }
 
-    /// Counts a result in; an answer that somebody waits for comes out.
-    fn take(&mut self, done: Done) -> Option<Answer> {
+    /// Counts results in; answers that somebody waits for come out.
+    fn take(&mut self, done: Done) -> Vec<Answer> {
         match done {
-            Done::Answer { sequence, result } => {
-                let open = self.open.get_mut(&sequence)?;
-                let (len, seen) = open.asked.take()?;
-                let answer = result.map(|chosen| {
-                    open.sent = open.sent.max(len);
-                    let cached = chosen.cached.map_or(seen, |n| n.min(len));
-                    LargeToken { token: chosen.token, cached, read: len - cached }
-                });
-                Some((sequence, answer))
-            }
+            Done::Answers(answers) => answers
+                .into_iter()
+                .filter_map(|(sequence, result)| {
+                    let open = self.open.get_mut(&sequence)?;
+                    let (len, seen) = open.asked.take()?;
+                    let answer = result.map(|chosen| {
+                        open.sent = open.sent.max(len);
+                        let cached = chosen.cached.map_or(seen, |n| n.min(len));
+                        LargeToken { token: chosen.token, cached, read: len - cached }
+                    });
+                    Some((sequence, answer))
+                })
+                .collect(),
             Done::Warmed { sequence, read } => {
-                let open = self.open.get_mut(&sequence)?;
+                let Some(open) = self.open.get_mut(&sequence) else { return Vec::new() };
                 open.warming = open.warming.saturating_sub(1);
                 open.sent = open.sent.max(read.unwrap_or(0));
                 if open.warming == 0
@@ -110,7 +113,7 @@ impl RemoteLarge {
                     let task = open.task(sequence, ask);
                     self.pool.ask(vec![task]);
                 }
-                None
+                Vec::new()
             }
         }
     }

@@ -36,8 +36,12 @@ pub(super) struct Task {
 
 /// What has become of a task.
 pub(super) enum Done {
-    Answer { sequence: Sequence, result: Result<Chosen> },
-    Warmed { sequence: Sequence, read: Option<usize> },
+    /// Those of a call together, so that sequences which share calls go on sharing them.
+    Answers(Vec<(Sequence, Result<Chosen>)>),
+    Warmed {
+        sequence: Sequence,
+        read: Option<usize>,
+    },
 }
 
 #[derive(Default)]
@@ -244,9 +248,7 @@ impl Shared {
             calls += 1;
             let fault = match self.call(&tasks.iter().collect::<Vec<_>>()) {
                 Ok(given) => {
-                    for (task, chosen) in tasks.into_iter().zip(given.chosen) {
-                        self.settle(task, chosen, calls, done);
-                    }
+                    self.settle(tasks, given.chosen, calls, done);
                     return;
                 }
                 Err(fault) => fault,
@@ -266,37 +268,39 @@ impl Shared {
             tasks.into_iter().for_each(|task| self.answer(vec![task], done));
             return;
         }
-        for task in tasks {
-            let error = fault.clone().error(&self.client.url, calls, settings.timeout);
-            self.fail(task.sequence, error, done);
-        }
+        let failed = |task: &Task| (task.sequence, Err(self.failure(fault.clone(), calls)));
+        let _ = done.send(Done::Answers(tasks.iter().map(failed).collect()));
     }
 
-    /// Hands an answer over, or asks again without an id that only the large model knows.
-    fn settle(&self, mut task: Task, chosen: Chosen, calls: usize, done: &Sender<Done>) {
-        if (chosen.token as usize) < task.vocab {
-            let _ = done.send(Done::Answer { sequence: task.sequence, result: Ok(chosen) });
-            return;
-        }
-        let again = task.ask.banned.contains(&chosen.token);
-        if !self.protocol.can_ban() || again || task.ask.banned.len() == MAX_BANNED {
+    /// Hands answers over, and asks again without ids that only the large model knows.
+    fn settle(&self, tasks: Vec<Task>, chosen: Vec<Chosen>, calls: usize, done: &Sender<Done>) {
+        let (mut answers, mut again) = (Vec::new(), Vec::new());
+        for (mut task, chosen) in tasks.into_iter().zip(chosen) {
+            if (chosen.token as usize) < task.vocab {
+                answers.push((task.sequence, Ok(chosen)));
+                continue;
+            }
+            let repeated = task.ask.banned.contains(&chosen.token);
+            if self.protocol.can_ban() && !repeated && task.ask.banned.len() < MAX_BANNED {
+                task.ask.banned.push(chosen.token);
+                again.push(task);
+                continue;
+            }
             let reason = format!(
                 "it chose token {}, outside the {} ids that both models know{}",
                 chosen.token,
                 task.vocab,
-                if again { ", though that was ruled out" } else { "" }
+                if repeated { ", though that was ruled out" } else { "" }
             );
-            let error = Fault::Protocol(reason).error(&self.client.url, calls, self.settings.timeout);
-            self.fail(task.sequence, error, done);
-            return;
+            answers.push((task.sequence, Err(self.failure(Fault::Protocol(reason), calls))));
         }
-        task.ask.banned.push(chosen.token);
-        self.answer(vec![task], done);
+        let _ = done.send(Done::Answers(answers));
+        again.into_iter().for_each(|task| self.answer(vec![task], done));
     }
 
-    fn fail(&self, sequence: Sequence, error: Error, done: &Sender<Done>) {
+    fn failure(&self, fault: Fault, calls: usize) -> Error {
         self.counters.failures.fetch_add(1, Ordering::Relaxed);
-        let _ = done.send(Done::Answer { sequence, result: Err(error) });
+        fault.error(&self.client.url, calls, self.settings.timeout)
     }
 
     fn call(&self, tasks: &[&Task]) -> Result<Given, Fault> {

@@ -1,0 +1,315 @@
+//! `r2r generate`.
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use nics_base::interrupt::Interrupt;
+use nics_base::jsonl::JsonlLog;
+use nics_base::progress::Progress;
+use nics_core::cli::{OutArg, SamplingArgs, SeedArg};
+use nics_core::template::Message;
+use r2r::decode::{Request, TokenEvent, Usage, run};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::opened::{Opened, PairArgs};
+use super::written::{Colour, Token, Written};
+
+/// Replies to prompts, written by two models.
+///
+/// Prompts come from --prompt, from a text file (the whole file is one prompt), or from JSON Lines with one of `prompt`
+/// (text), `messages` (a conversation) or `ids` (token ids) on each line, and an optional `id`. One prompt's reply is
+/// printed as it is written; several replies are JSON Lines with every token's source and score. With --out they are
+/// appended to the file as they are finished, and a second run goes on with what is missing.
+#[derive(Args)]
+pub struct Generate {
+    #[command(flatten)]
+    pair: PairArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    seed: SeedArg,
+    #[command(flatten)]
+    out: OutArg,
+    /// A prompt
+    #[arg(long, short, value_name = "TEXT", conflicts_with = "input")]
+    prompt: Option<String>,
+    /// Prompts: a .jsonl file, any other file as one prompt, or - for one prompt from standard input
+    #[arg(long, short, value_name = "FILE", required_unless_present = "prompt")]
+    input: Option<PathBuf>,
+    /// Continue the prompts as they are, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// Print JSON Lines for a single prompt, too
+    #[arg(long)]
+    json: bool,
+    /// Show whose text is whose by colours
+    #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, default_value = "never",
+          default_missing_value = "auto")]
+    color_by_source: Colour,
+    /// Prompts that are written together
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = nics_core::cli::at_least_one)]
+    batch: usize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    #[serde(default)]
+    id: Option<Value>,
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
+    ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Reply {
+    index: usize,
+    id: Value,
+    /// By which a later run knows that a reply is to the same prompt.
+    prompt_hash: String,
+    text: String,
+    finish: String,
+    tokens: Vec<Token>,
+    usage: Usage,
+    llm_token_ratio: f64,
+    /// Of the pair, where the models' sizes are known: `exclusive` counts the model that chose a token, `additive` what ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mean_parameters_billions: Option<Value>,
+}
+
+/// A reply on its way.
+struct Open<'a> {
+    written: Written<'a>,
+    reply: Reply,
+}
+
+impl Generate {
+    pub fn run(self, quiet: bool) -> Result<()> {
+        let lines = self.lines()?;
+        let opened = Opened::open(&self.pair, self.seed.seed)?;
+        let mut prompts = Vec::new();
+        for (i, line) in lines.iter().enumerate() {
+            prompts.push(self.encode(&opened, line).with_context(|| format!("prompt {}", i + 1))?);
+        }
+        let (mut log, known) = match &self.out.out {
+            None => (None, Vec::new()),
+            Some(path) => {
+                let (log, known) = JsonlLog::<Reply>::open(path)?;
+                (Some(log), known)
+            }
+        };
+        for reply in &known {
+            if prompts.get(reply.index).is_none_or(|p| hash(p) != reply.prompt_hash) {
+                bail!(
+                    "{} holds a reply to another prompt (index {}): give another --out, or delete it",
+                    self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
+                    reply.index
+                );
+            }
+        }
+        let done: HashSet<usize> = known.iter().map(|r| r.index).collect();
+        let todo: Vec<usize> = (0..prompts.len()).filter(|i| !done.contains(i)).collect();
+        let requests: Vec<Request> = todo
+            .iter()
+            .map(|&i| {
+                let seed = self.seed.seed.wrapping_add(i as u64);
+                opened.request(prompts[i].clone(), &self.sampling, seed)
+            })
+            .collect::<Result<_>>()?;
+        // A single reply is shown as it comes.
+        let live = prompts.len() == 1 && log.is_none() && !self.json;
+        let progress =
+            if quiet || live { Progress::hidden() } else { Progress::new(prompts.len() as u64, "replies") };
+        progress.start_at(done.len() as u64);
+        let interrupt = Interrupt::install()?;
+        let colour = live && self.color_by_source.on_stdout();
+        let mut states: Vec<Option<Open>> = todo
+            .iter()
+            .map(|&i| Some(self.begin(&opened, i, lines[i].id.clone(), hash(&prompts[i]), colour)))
+            .collect();
+        let mut decoder = opened.decoder()?;
+        let mut finished: Vec<Reply> = Vec::new();
+        let (mut total, mut failed) = (Usage::default(), Vec::new());
+        let mut stdout = std::io::stdout();
+        // What goes wrong here is no error of the library's: it is kept, and the run ends.
+        let mut broken: Option<anyhow::Error> = None;
+        let mut each = |n: usize, event: r2r::Result<TokenEvent>| -> Result<bool> {
+            interrupt.check()?;
+            let event = match event {
+                Ok(event) => event,
+                Err(error) => {
+                    tracing::warn!("prompt {}: {error}", todo[n] + 1);
+                    states[n] = None;
+                    failed.push((todo[n], error));
+                    return Ok(false);
+                }
+            };
+            let Some(open) = &mut states[n] else { return Ok(false) };
+            open.reply.tokens.push(Token::from(&event));
+            open.reply.usage.note(&event);
+            total.note(&event);
+            let (text, mut shown) = open.written.push(&event)?;
+            open.reply.text += &text;
+            let ends = event.finish.is_some() || open.written.stopped();
+            if ends {
+                let (text, rest) = open.written.finish()?;
+                open.reply.text += &text;
+                shown += &rest;
+            }
+            if live && !shown.is_empty() {
+                stdout.write_all(shown.as_bytes())?;
+                stdout.flush()?;
+            }
+            if !ends {
+                return Ok(true);
+            }
+            progress.inc(1);
+            if let Some(Open { written, mut reply }) = states[n].take() {
+                reply.finish = written.why(event.finish).into();
+                reply.llm_token_ratio = reply.usage.large_share();
+                reply.mean_parameters_billions = opened.sizes.map(|[small, large, router]| {
+                    json!({
+                        "exclusive": reply.usage.exclusive_parameters(small, large),
+                        "additive": reply.usage.additive_parameters(small, large, router),
+                    })
+                });
+                match &mut log {
+                    Some(log) => log.append(&reply)?,
+                    None => finished.push(reply),
+                }
+            }
+            Ok(false)
+        };
+        let outcome = run(&mut decoder, requests, self.batch, &mut |n, event| {
+            each(n, event).or_else(|error| {
+                broken = Some(error);
+                Err(r2r::Error::Input("the run was ended".into()))
+            })
+        });
+        if let Some(error) = broken {
+            return Err(error);
+        }
+        outcome?;
+        progress.finish();
+        if live {
+            writeln!(stdout)?;
+        } else {
+            // Without a file, replies come in the order of their prompts.
+            finished.sort_by_key(|r| r.index);
+            for reply in finished {
+                writeln!(stdout, "{}", serde_json::to_string(&reply)?)?;
+            }
+        }
+        if !quiet && total.tokens() > 0 {
+            eprintln!("{}", opened.summary(&total));
+            if let Some(traffic) = decoder.traffic() {
+                eprintln!(
+                    "large model's server: {} calls ({} made again), {} KiB sent, {} KiB received",
+                    traffic.calls,
+                    traffic.retries,
+                    traffic.bytes_up / 1024,
+                    traffic.bytes_down / 1024
+                );
+            }
+        }
+        let count = failed.len();
+        match failed.into_iter().next() {
+            None => Ok(()),
+            Some((i, error)) if prompts.len() == 1 => {
+                Err(anyhow::Error::from(error).context(format!("prompt {}", i + 1)))
+            }
+            Some((i, error)) => Err(anyhow::Error::from(error).context(format!(
+                "{count} of {} prompts failed, the first of them prompt {}",
+                prompts.len(),
+                i + 1
+            ))),
+        }
+    }
+
+    fn begin<'a>(
+        &self,
+        opened: &'a Opened,
+        index: usize,
+        id: Option<Value>,
+        prompt_hash: String,
+        colour: bool,
+    ) -> Open<'a> {
+        let reply = Reply {
+            index,
+            id: id.unwrap_or_else(|| index.into()),
+            prompt_hash,
+            text: String::new(),
+            finish: String::new(),
+            tokens: Vec::new(),
+            usage: Usage::default(),
+            llm_token_ratio: 0.0,
+            mean_parameters_billions: None,
+        };
+        let written = Written::new(&opened.tokenizer, &self.sampling.stop, &opened.eos, colour);
+        Open { written, reply }
+    }
+
+    fn encode(&self, opened: &Opened, line: &Line) -> Result<Vec<u32>> {
+        let given = [line.prompt.is_some(), line.messages.is_some(), line.ids.is_some()];
+        if given.iter().filter(|g| **g).count() != 1 {
+            bail!("expected one of `prompt`, `messages` and `ids`");
+        }
+        let ids = if let Some(ids) = &line.ids {
+            ids.clone()
+        } else if let Some(messages) = &line.messages {
+            opened.conversation(messages)?
+        } else {
+            let text = line.prompt.as_deref().unwrap_or_default();
+            if text.trim().is_empty() {
+                bail!("the prompt is empty");
+            }
+            if self.raw {
+                opened.tokenizer.encode(text, false)?
+            } else {
+                opened.conversation(&[Message::new("user", text)])?
+            }
+        };
+        // Before anything is written: the last of many prompts must not end a run that has written all others.
+        opened.check_prompt(&ids)?;
+        Ok(ids)
+    }
+
+    fn lines(&self) -> Result<Vec<Line>> {
+        let one = |prompt: String| Line { id: None, prompt: Some(prompt), messages: None, ids: None };
+        let Some(path) = &self.input else {
+            return Ok(vec![one(self.prompt.clone().unwrap_or_default())]);
+        };
+        if path.as_os_str() == "-" {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+            return Ok(vec![one(text)]);
+        }
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        if path.extension().is_none_or(|e| e != "jsonl") {
+            return Ok(vec![one(text)]);
+        }
+        let lines = text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty())
+            .map(|(i, line)| {
+                serde_json::from_str(line).with_context(|| format!("{}, line {}", path.display(), i + 1))
+            })
+            .collect::<Result<Vec<Line>>>()?;
+        if lines.is_empty() {
+            bail!("{} has no prompt", path.display());
+        }
+        Ok(lines)
+    }
+}
+
+/// A short hash of a prompt's tokens.
+fn hash(ids: &[u32]) -> String {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    nics_base::hash::bytes(bytes)[..16].to_owned()
+}
