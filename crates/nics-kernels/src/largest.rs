@@ -47,6 +47,7 @@ fn scan_avx512<T: Element>(values: &[T], k: usize) -> Vec<f32> {
     scan(values, k)
 }
 
+#[allow(clippy::neg_cmp_op_on_partial_ord)] // What is no number is on the side of the large ones.
 #[inline(always)]
 fn scan<T: Element>(values: &[T], k: usize) -> Vec<f32> {
     let mut kept: Vec<f32> = Vec::with_capacity(2 * k + BLOCK);

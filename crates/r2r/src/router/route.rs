@@ -2,9 +2,9 @@
 
 use nics_core::device::OneThread;
 use nics_core::nn::memory::values;
+use nics_kernels::each_kind;
 use nics_kernels::gemv::MAX_ROWS;
 use nics_kernels::largest::largest;
-use nics_kernels::each_kind;
 use tch::{Device, Kind, Tensor};
 
 use super::{Features, Router};
