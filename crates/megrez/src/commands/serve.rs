@@ -27,7 +27,7 @@ pub struct Serve {
     #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
-    serve: ServeArgs,
+    http: ServeArgs,
     /// Most prompt tokens that are read between two steps of writing
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     prefill_budget: usize,
@@ -41,13 +41,13 @@ pub struct Serve {
 
 impl Serve {
     pub fn run(self) -> Result<()> {
-        let config = self.serve.config("MEGREZ_API_KEY")?;
+        let config = self.http.config("MEGREZ_API_KEY")?;
         config.validate().map_err(|e| Usage(e.to_string()))?;
         let prompts = self.prompts.as_deref().map_or_else(|| Ok(Prompts::default()), Prompts::read)?;
         let checkpoint = Checkpoint::open(&self.model.model)?;
-        let name = self.serve.served_name.clone().unwrap_or_else(|| checkpoint.name().to_owned());
-        let frontend = Arc::new(MegrezFrontend::open(&checkpoint, &name, self.serve.context, &prompts)?);
-        serve_until_signal(config, self.serve.max_queue, frontend, move |driver| self.engine(driver))?
+        let name = self.http.served_name.clone().unwrap_or_else(|| checkpoint.name().to_owned());
+        let frontend = Arc::new(MegrezFrontend::open(&checkpoint, &name, self.http.context, &prompts)?);
+        serve_until_signal(config, self.http.max_queue, frontend, move |driver| self.engine(driver))?
     }
 
     /// Loads the model and answers requests; runs on the engine's thread.
@@ -55,15 +55,15 @@ impl Serve {
         let mut loaded = Loaded::open(&self.model, &self.plugins)?;
         let dims = loaded.megrez.decoder.dims().clone();
         // Never more than all sequences at full length can use, twice, so that ended ones can be kept for their prefixes.
-        let context = self.serve.context.unwrap_or(dims.context);
+        let context = self.http.context.unwrap_or(dims.context);
         let useful =
-            loaded.cache.forecast(&dims, context).saturating_mul(self.serve.max_seqs).saturating_mul(2);
+            loaded.cache.forecast(&dims, context).saturating_mul(self.http.max_seqs).saturating_mul(2);
         let settings = TextSettings {
-            kv_limit_bytes: self.serve.kv_limit(dims.device, useful),
-            max_sequences: self.serve.max_seqs,
+            kv_limit_bytes: self.http.kv_limit(dims.device, useful),
+            max_sequences: self.http.max_seqs,
             prefill_budget: self.prefill_budget,
             min_prefix: TextSettings::default().min_prefix.filter(|_| !self.no_prefix_reuse),
-            context: self.serve.context,
+            context: self.http.context,
             ..TextSettings::default()
         };
         tracing::info!(?settings, variant = loaded.variant, "the model is loaded");

@@ -39,6 +39,7 @@ pub(super) struct Prompt {
 
 /// What both APIs share.
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // The API's own fields.
 pub(super) struct Options {
     pub n: usize,
     /// Its seed is that of the first choice of each prompt.

@@ -34,19 +34,19 @@ pub struct Serve {
     #[command(flatten)]
     pair: PairArgs,
     #[command(flatten)]
-    serve: ServeArgs,
+    http: ServeArgs,
     #[command(flatten)]
     seed: SeedArg,
 }
 
 impl Serve {
     pub fn run(self) -> Result<()> {
-        let config = self.serve.config("R2R_API_KEY")?;
+        let config = self.http.config("R2R_API_KEY")?;
         config.validate().map_err(|e| Usage(e.to_string()))?;
         let policy = self.pair.policy(self.seed.seed)?;
         let frontend = Arc::new(self.frontend(policy)?);
         let sizes = frontend.sizes();
-        serve_until_signal(config, self.serve.max_queue, frontend, move |driver| self.engine(driver, &sizes))?
+        serve_until_signal(config, self.http.max_queue, frontend, move |driver| self.engine(driver, &sizes))?
     }
 
     /// What requests go through; reads no weights.
@@ -62,7 +62,7 @@ impl Serve {
         if let Some(given) = self.pair.large.large_context {
             context = context.min(given);
         }
-        if let Some(asked) = self.serve.context {
+        if let Some(asked) = self.http.context {
             if asked > context || asked < 2 {
                 bail!("--context {asked}: expected 2 to {context}, which is what both models can");
             }
@@ -82,7 +82,7 @@ impl Serve {
         let mark = |token| tokenizer.token_id(token);
         let tools = mark("<tool_call>").zip(mark("</tool_call>"));
         let card = ModelCard {
-            id: self.serve.served_name.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
+            id: self.http.served_name.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
             owner: "r2r".into(),
             context,
             vocab: vocab as usize,
@@ -102,12 +102,12 @@ impl Serve {
         }
         let (small, large) = (opened.small.dims(), opened.large_dims());
         // Never more than all sequences at full length can use.
-        let context = self.serve.context.unwrap_or(usize::MAX).min(opened.context);
+        let context = self.http.context.unwrap_or(usize::MAX).min(opened.context);
         let cache = DenseCache::new();
         let of_large = large.map_or(0, |dims| cache.forecast(dims, context));
         let useful = cache.forecast(small, context).saturating_add(of_large);
-        let limit = self.serve.kv_limit(small.device, useful.saturating_mul(self.serve.max_seqs));
-        let settings = PairSettings::share(limit, self.serve.max_seqs, small, large);
+        let limit = self.http.kv_limit(small.device, useful.saturating_mul(self.http.max_seqs));
+        let settings = PairSettings::share(limit, self.http.max_seqs, small, large);
         tracing::info!(?settings, policy = %opened.policy.kind, "the pair is ready");
         let mut engine = PairEngine::new(opened.decoder()?, settings)?;
         driver.run(&mut engine);

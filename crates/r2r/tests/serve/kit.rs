@@ -114,6 +114,7 @@ pub fn frontend(spec: &PolicySpec) -> PairFrontend {
 }
 
 /// How a test wants its server.
+#[derive(Clone, Copy)]
 pub struct Setup {
     pub spec: PolicySpec,
     pub key: Option<&'static str>,
