@@ -61,12 +61,22 @@ struct Process {
 }
 
 impl Process {
+    /// Over the pair and the router of a folder.
     fn start(dir: &Path, more: &[&str], key: Option<&str>) -> Self {
-        let path = |name: &str| dir.join(name).display().to_string();
-        let (small, large, router) = (path("small"), format!("local:{}", path("large")), path("router"));
-        let args =
-            ["serve", "--slm", &small, "--llm", &large, "--router", &router, "--port", "0", "--dtype", "f32"];
-        let mut command = command(&args);
+        let large = format!("local:{}", dir.join("large").display());
+        Self::over(
+            dir,
+            "small",
+            &large,
+            &[&["--router", &dir.join("router").display().to_string()], more].concat(),
+            key,
+        )
+    }
+
+    fn over(dir: &Path, small: &str, large: &str, more: &[&str], key: Option<&str>) -> Self {
+        let small = dir.join(small).display().to_string();
+        let mut command =
+            command(&["serve", "--slm", &small, "--llm", large, "--port", "0", "--dtype", "f32"]);
         command.args(more);
         if let Some(key) = key {
             command.env("R2R_API_KEY", key);
@@ -167,6 +177,34 @@ fn a_pair_on_disk_is_served_and_drained() {
     let mut rest = String::new();
     reader.read_to_string(&mut rest).unwrap();
     assert!(rest.trim_end().ends_with("data: [DONE]"), "{rest}");
+    assert_eq!(server.exit(), Some(0));
+}
+
+#[test]
+fn a_large_model_on_a_server_writes_what_it_writes_here() {
+    let dir = folders();
+    let pair = Pair::new();
+    // The large model by itself, behind this project's own server.
+    let itself = format!("local:{}", dir.path().join("large").display());
+    let there = Process::over(dir.path(), "large", &itself, &["--policy", "always-small"], None);
+    let router = dir.path().join("router").display().to_string();
+    let (url, more) = (format!("nics:{}", there.url), ["--router", &router, "--sizes", "0.6,8"]);
+    let mut server = Process::over(dir.path(), "small", &url, &more, None);
+    for seed in 0..3 {
+        let prompt = prompt(seed);
+        for threshold in [0.0, 2.0] {
+            let settings = Settings { threshold: Some(threshold), ..Settings::default() };
+            let expected =
+                written(&pair.write(&PolicySpec::new(Kind::Neural), request(&prompt, 20, settings)));
+            let (status, reply) =
+                server.ask(&body(&prompt, 20, json!({"threshold": threshold, "return_sources": true})));
+            assert_eq!(status, 200, "{reply}");
+            assert_eq!(sources(&reply["choices"][0]["tokens"]), expected);
+            let exclusive = reply["usage"]["mean_parameters_billions"]["exclusive"].as_f64().unwrap();
+            assert!((exclusive - if threshold < 1.0 { 8.0 } else { 0.6 }).abs() < 1e-9);
+        }
+    }
+    server.terminate();
     assert_eq!(server.exit(), Some(0));
 }
 
