@@ -242,6 +242,8 @@ impl Opened {
         let max_new_tokens = flags.max_new_tokens.unwrap_or(1024);
         let mut request = Request::greedy(prompt, max_new_tokens, &self.eos);
         (request.small, request.large, request.seed) = (small, large, seed);
+        // A policy that draws does so by the request, not by its place in the run.
+        request.settings.seed = Some(seed);
         Ok(request)
     }
 
