@@ -176,7 +176,9 @@ impl<'m> Speculative<'m> {
                 Err(e) => break Err(e),
             }
         };
-        running.iter().for_each(|one| self.close(one));
+        for one in &running {
+            self.close(one);
+        }
         result?;
         Ok(replies.into_iter().flatten().collect())
     }

@@ -51,7 +51,7 @@ impl<'m> Behind<'m> {
         let mut done = 0;
         while done < context {
             let rows = (context - done).min(crate::decode::CHUNK);
-            behind.rows(done, rows)?;
+            let _ = behind.rows(done, rows)?;
             done += rows;
         }
         behind.context = context;

@@ -230,7 +230,7 @@ mod tests {
             let mut forced = Forced::new(Arc::new(Mutex::new(router())), rate, 3);
             assert!(forced.next());
             let large = (0..tokens).filter(|_| forced.next()).count();
-            assert_eq!(large, (rate * tokens as f64).round() as usize, "rate {rate}");
+            assert_eq!(large, (rate * f64::from(tokens)).round() as usize, "rate {rate}");
         }
     }
 

@@ -97,7 +97,8 @@ pub fn random_model(config: DecoderConfig, device: Device, kind: Kind, seed: u64
 }
 
 /// Parameters of a shape.
-pub(crate) fn parameters(c: &DecoderConfig) -> f64 {
+#[cfg(test)]
+fn parameters(c: &DecoderConfig) -> f64 {
     let layer = 2 * c.hidden * (c.heads + c.kv_heads) * c.head_dim + 3 * c.hidden * c.intermediate;
     let tables = c.vocab * c.hidden * if c.tied { 1 } else { 2 };
     (layer * c.layers as i64 + tables) as f64

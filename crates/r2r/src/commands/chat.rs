@@ -59,7 +59,7 @@ impl Chat {
             let line = line.context("cannot read standard input")?;
             let line = line.trim();
             match line {
-                "" => continue,
+                "" => {}
                 "/reset" => turns.clear(),
                 "/usage" => eprintln!("{}", opened.summary(&total)),
                 "/help" => eprintln!("/reset  /usage  /help  /quit"),

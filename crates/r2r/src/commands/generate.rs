@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::opened::{Opened, PairArgs};
-use super::written::{Colour, Token, Written};
+use super::written::{Chosen, Colour, Written};
 
 /// Replies to prompts, written by two models.
 ///
@@ -73,7 +73,7 @@ struct Reply {
     prompt_hash: String,
     text: String,
     finish: String,
-    tokens: Vec<Token>,
+    tokens: Vec<Chosen>,
     usage: Usage,
     llm_token_ratio: f64,
     /// Of the pair, where the models' sizes are known: `exclusive` counts the model that chose a token, `additive` what ran.
@@ -149,7 +149,7 @@ impl Generate {
                 }
             };
             let Some(open) = &mut states[n] else { return Ok(false) };
-            open.reply.tokens.push(Token::from(&event));
+            open.reply.tokens.push(Chosen::from(&event));
             open.reply.usage.note(&event);
             total.note(&event);
             let (text, mut shown) = open.written.push(&event)?;
@@ -185,9 +185,9 @@ impl Generate {
             Ok(false)
         };
         let outcome = run(&mut decoder, requests, self.batch, &mut |n, event| {
-            each(n, event).or_else(|error| {
+            each(n, event).map_err(|error| {
                 broken = Some(error);
-                Err(r2r::Error::Input("the run was ended".into()))
+                r2r::Error::Input("the run was ended".into())
             })
         });
         if let Some(error) = broken {

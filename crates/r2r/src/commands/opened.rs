@@ -132,7 +132,7 @@ impl Opened {
         let context = match &large {
             Large::Here(model) => model.dims().context,
             Large::There(large) => {
-                large.lock().ok().and_then(|l| l.as_ref().map(|l| l.context())).unwrap_or(0)
+                large.lock().ok().and_then(|l| l.as_ref().map(LargeModel::context)).unwrap_or(0)
             }
         };
         let context = context.min(small.dims().context);
@@ -249,23 +249,23 @@ impl Opened {
 
     /// What was written, in a line for people.
     pub fn summary(&self, usage: &Usage) -> String {
-        let mut text = format!(
+        let mut parts = vec![format!(
             "{} tokens, {} of the large model ({:.1} %)",
             usage.tokens(),
             usage.large_tokens,
             100.0 * usage.large_share()
-        );
+        )];
         if usage.degraded_tokens > 0 {
-            text += &format!(", {} degraded", usage.degraded_tokens);
+            parts.push(format!("{} degraded", usage.degraded_tokens));
         }
         if let Some([small, large, router]) = self.sizes {
-            text += &format!(
-                "; parameters a token: {:.3} B counting who chose it, {:.3} B counting what ran",
+            parts.push(format!(
+                "parameters a token: {:.3} B counting who chose it, {:.3} B counting what ran",
                 usage.exclusive_parameters(small, large),
                 usage.additive_parameters(small, large, router)
-            );
+            ));
         }
-        text
+        parts.join("; ")
     }
 }
 

@@ -40,7 +40,7 @@ const PLAIN: &str = "\u{1b}[0m";
 
 /// A token as JSON Lines have it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Token {
+pub struct Chosen {
     /// Its id.
     pub token: u32,
     /// `small` or `large`.
@@ -52,7 +52,7 @@ pub struct Token {
     pub degraded: bool,
 }
 
-impl From<&TokenEvent> for Token {
+impl From<&TokenEvent> for Chosen {
     fn from(event: &TokenEvent) -> Self {
         let source = if event.source == Source::Small { "small" } else { "large" };
         Self { token: event.token, source: source.into(), score: event.score, degraded: event.degraded }

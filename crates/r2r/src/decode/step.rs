@@ -72,7 +72,9 @@ impl Decoder<'_> {
         }
         let ended = step.tokens.iter().filter(|e| e.finish.is_some()).map(|e| e.sequence);
         let ended: Vec<Sequence> = ended.chain(step.failed.iter().map(|(s, _)| *s)).collect();
-        ended.into_iter().for_each(|sequence| self.cancel(sequence));
+        for sequence in ended {
+            self.cancel(sequence);
+        }
         self.warm();
         Ok(step)
     }

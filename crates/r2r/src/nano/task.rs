@@ -43,7 +43,7 @@ impl RingTask {
     /// [`Error::Setting`] for a vocabulary that is no task's.
     pub fn of_vocabulary(size: usize) -> Result<Self> {
         let others = Ring::new(3).map_or(0, |ring| ring.vocabulary().len() - 3);
-        let modulus = size.checked_sub(others).unwrap_or_default();
+        let modulus = size.saturating_sub(others);
         Self::new(u32::try_from(modulus).unwrap_or(0)).map_err(|_| {
             Error::setting("the vocabulary", size, format!("{others} words and a modulus from 3 on"))
         })

@@ -11,6 +11,7 @@ use super::spec::Engine;
 
 /// Every parameter, since those left out are taken from the model's own generation settings.
 #[derive(Serialize)]
+#[allow(clippy::struct_excessive_bools)] // The protocol has them.
 struct Body<'a> {
     model: &'a str,
     prompt: Vec<&'a [u32]>,

@@ -265,7 +265,9 @@ impl Shared {
         };
         if tasks.len() > 1 && fault.may_be_one() {
             // Who is to blame shows when each is alone.
-            tasks.into_iter().for_each(|task| self.answer(vec![task], done));
+            for task in tasks {
+                self.answer(vec![task], done);
+            }
             return;
         }
         let failed = |task: &Task| (task.sequence, Err(self.failure(fault.clone(), calls)));
@@ -295,7 +297,9 @@ impl Shared {
             answers.push((task.sequence, Err(self.failure(Fault::Protocol(reason), calls))));
         }
         let _ = done.send(Done::Answers(answers));
-        again.into_iter().for_each(|task| self.answer(vec![task], done));
+        for task in again {
+            self.answer(vec![task], done);
+        }
     }
 
     fn failure(&self, fault: Fault, calls: usize) -> Error {

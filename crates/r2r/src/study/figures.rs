@@ -401,7 +401,8 @@ fn claim_rows(
         ("accuracy gap at R2R's share", "R2R over random", true),
         ("share for 90 % of the large model's accuracy, ratio", "R2R over entropy", false),
     ];
-    let n = Some(pool.chosen(LARGE)?.problems());
+    let problems = pool.chosen(LARGE)?.problems();
+    let n = Some(problems);
     for ((metric, variant, higher_is_better), estimate) in metrics.into_iter().zip(&estimates) {
         let row = Row { metric: metric.into(), higher_is_better, ..about.row(variant) };
         rows.push(Row { value: estimate.value, ci: Some(estimate.interval), n, ..row.clone() });
@@ -411,7 +412,7 @@ fn claim_rows(
         let values = one.claims(&one.whole())?;
         for ((metric, variant, higher_is_better), value) in metrics.into_iter().zip(values) {
             let variant = format!("{variant}, pair of seed {seed}");
-            let n = Some(n.unwrap_or(0) / seeds.len() as u64);
+            let n = Some(problems / seeds.len() as u64);
             rows.push(Row {
                 metric: metric.into(),
                 higher_is_better,

@@ -156,7 +156,7 @@ fn who_goes_while_waiting_is_forgotten() {
     decoder.cancel(sequences[3]);
     // A sequence that comes meanwhile is not confused with them.
     let late = decoder.add(greedy(6).swap_remove(1)).unwrap();
-    let mut found: std::collections::HashMap<Sequence, Vec<u32>> = Default::default();
+    let mut found: std::collections::HashMap<Sequence, Vec<u32>> = std::collections::HashMap::new();
     while decoder.running() > 0 {
         for event in decoder.step().unwrap() {
             found.entry(event.sequence).or_default().push(event.token);

@@ -165,24 +165,21 @@ impl<C: Chat> Judge for TextJudge<C> {
         let mut replies: HashMap<&str, Result<String>> =
             asked.into_iter().zip(self.chat.reply(&new)).collect();
         for hash in &hashes {
-            let verdict = match replies.remove(hash.as_str()) {
-                Some(reply) => {
-                    let reply = reply?;
-                    let score = strict_score(&reply);
-                    if self.known.len() < MAX_KNOWN {
-                        self.known.insert(hash.clone(), score);
-                    }
-                    Verdict { score, reply: Some(reply), prompt_hash: Some(hash.clone()) }
+            let verdict = if let Some(reply) = replies.remove(hash.as_str()) {
+                let reply = reply?;
+                let score = strict_score(&reply);
+                if self.known.len() < MAX_KNOWN {
+                    self.known.insert(hash.clone(), score);
                 }
-                None => {
-                    let score = self.known.get(hash).copied();
-                    let score = score.or_else(|| {
-                        // Asked twice in one call, and too many are known to keep it.
-                        let same = verdicts.iter().rev().find(|v| v.prompt_hash.as_ref() == Some(hash));
-                        same.map(|v| v.score)
-                    });
-                    Verdict { score: score.unwrap_or(-1), reply: None, prompt_hash: Some(hash.clone()) }
-                }
+                Verdict { score, reply: Some(reply), prompt_hash: Some(hash.clone()) }
+            } else {
+                let score = self.known.get(hash).copied();
+                let score = score.or_else(|| {
+                    // Asked twice in one call, and too many are known to keep it.
+                    let same = verdicts.iter().rev().find(|v| v.prompt_hash.as_ref() == Some(hash));
+                    same.map(|v| v.score)
+                });
+                Verdict { score: score.unwrap_or(-1), reply: None, prompt_hash: Some(hash.clone()) }
             };
             verdicts.push(verdict);
         }

@@ -56,11 +56,11 @@ pub fn documents(file: &ShardFile) -> Result<Vec<ReadDocument>> {
     Ok(all)
 }
 
+/// What is done with a file: its number, the file, its documents.
+pub type EachFile<'a> = dyn FnMut(usize, &ShardFile, Vec<ReadDocument>) -> Result<()> + 'a;
+
 /// Hands the documents of every file to `each`, file by file.
-pub fn each_file(
-    work: &Work,
-    each: &mut dyn FnMut(usize, &ShardFile, Vec<ReadDocument>) -> Result<()>,
-) -> Result<()> {
+pub fn each_file(work: &Work, each: &mut EachFile) -> Result<()> {
     let index = Index::read(&work.file(Step::Prefill))?;
     for (number, entry) in index.files.iter().enumerate() {
         if let Some(file) = ShardFile::open(work.dir(), entry)? {
