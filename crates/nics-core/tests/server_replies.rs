@@ -107,6 +107,33 @@ async fn a_streamed_chat() {
 }
 
 #[tokio::test]
+async fn ids_of_tokens_are_told_when_asked_for() {
+    let server = Server::model(ServerConfig::default(), 4, settings()).await;
+    let fields = json!({"max_tokens": 12, "temperature": 0.9, "seed": 7, "return_token_ids": true});
+    for ignore_eos in [false, true] {
+        let mut fields = fields.clone();
+        fields["ignore_eos"] = ignore_eos.into();
+        let prompts = json!([[40, 41, 42], [50]]);
+        let whole = server.post(TEXT, &completion(prompts.clone(), fields.clone())).await.json();
+        fields["stream"] = json!(true);
+        let chunks = server.post(TEXT, &completion(prompts, fields)).await.chunks();
+        let mut written = 0;
+        for i in 0..2 {
+            let ids = whole["choices"][i]["token_ids"].as_array().unwrap();
+            let of_choice = chunks.iter().map(|c| &c["choices"][0]).filter(|c| c["index"] == i);
+            let streamed: Vec<Value> =
+                of_choice.flat_map(|c| c["token_ids"].as_array().cloned().unwrap_or_default()).collect();
+            assert_eq!(streamed, *ids);
+            written += ids.len();
+        }
+        assert_eq!(whole["usage"]["completion_tokens"], written);
+    }
+    let without = server.post(TEXT, &completion("x", json!({}))).await.json();
+    assert!(without["choices"][0].get("token_ids").is_none());
+    server.end().await;
+}
+
+#[tokio::test]
 async fn completions_of_all_kinds_of_prompts() {
     let server = Server::fake(ServerConfig::default(), 4, Fake::babbling()).await;
     let post = async |prompt: Value, fields: Value| server.post(TEXT, &completion(prompt, fields)).await;

@@ -29,7 +29,7 @@ fn model(seed: u64, std: f64, hidden: i64) -> Decoder {
 
 fn prompts(n: usize) -> Vec<Vec<u32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
-    (0..n).map(|i| (0..1 + i % 7).map(|_| rng.random_range(0..VOCAB)).collect()).collect()
+    (0..n).map(|i| (0..=i % 7).map(|_| rng.random_range(0..VOCAB)).collect()).collect()
 }
 
 fn requests(sampling: &Sampling, limit: usize, eos: &[u32]) -> Vec<Request> {

@@ -160,9 +160,9 @@ impl Eval {
             Ok(false)
         };
         let outcome = run(&mut decoder, requests, self.batch, &mut |n, event| {
-            each(n, event).or_else(|error| {
+            each(n, event).map_err(|error| {
                 broken = Some(error);
-                Err(r2r::Error::Input("the run was ended".into()))
+                r2r::Error::Input("the run was ended".into())
             })
         });
         if let Some(error) = broken {

@@ -154,6 +154,7 @@ fn variable(text: &str) -> Result<(String, Value), String> {
 
 /// Lets the large model answer the queries, greedily. Responses whose thinking part does not end are not used further.
 #[derive(Args)]
+#[allow(clippy::struct_field_names)] // Groups of flags are named like what they are for.
 struct Respond {
     #[command(flatten)]
     place: PlaceArgs,
@@ -168,6 +169,7 @@ struct Respond {
 /// Lets the small model read the responses and keeps what it computed at every position, in the dtype in which it
 /// computes: choose the one in which it will be used.
 #[derive(Args)]
+#[allow(clippy::struct_field_names)] // As above.
 struct Prefill {
     #[command(flatten)]
     place: PlaceArgs,
@@ -198,6 +200,7 @@ struct Continue {
 
 /// Lets a judge compare both continuations. Verdicts are kept as they come: where a server dies, the next run goes on.
 #[derive(Args)]
+#[allow(clippy::struct_field_names)] // As above.
 struct Judge {
     #[command(flatten)]
     place: PlaceArgs,

@@ -210,7 +210,7 @@ impl Report {
             "90 % of the large model's accuracy: R2R needs {} of entropy's share",
             show(&claims.share_ratio)
         );
-        println!("{}", LIMITS);
+        println!("{LIMITS}");
         if self.check {
             claims.check()?;
         }

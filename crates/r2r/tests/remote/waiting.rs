@@ -99,7 +99,8 @@ fn reading_ahead_changes_no_token() {
     for engine in [Engine::Vllm, Engine::Sglang] {
         let mock = Mock::start(Persona::of(engine), large());
         let ahead = ReadAhead { prompt: true, window: Some(4) };
-        let large = connect(engine, &mock.url, RemoteSettings { read_ahead: ahead, ..settings() });
+        let large =
+            connect(engine, &mock.url, RemoteSettings { read_ahead: ahead, retries: 40, ..settings() });
         // Reading ahead that fails is nobody's concern, and other calls are made again.
         mock.script(|n| (n % 5 == 1).then_some(Fault::Status(500)));
         let small = small();

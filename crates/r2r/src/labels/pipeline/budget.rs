@@ -7,7 +7,7 @@ use crate::Result;
 
 /// What the process takes before any model is loaded: libtorch, its allocator and thread stacks, the tokenizer, a line or
 /// two of each file.
-const BASE: usize = 320 << 20;
+const BASE: usize = 192 << 20;
 /// Rows of a prompt that a model reads at once.
 pub(super) const PROMPT_ROWS: usize = 1024;
 /// Rows whose logits are in memory at once while the small model reads along.
