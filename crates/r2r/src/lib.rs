@@ -20,7 +20,7 @@
 //! | [`policy`] | who chooses a token: the router, measures of uncertainty, a budget, a coin, an oracle |
 //! | [`decode`] | the loop over two models: ragged extensions, events with source and score, usage |
 //! | [`remote`] | the large model on a server: vLLM, SGLang, this project's own |
-//! | [`bench`] | what a pair costs on this machine, and whether routing can pay |
+//! | [`bench`](mod@bench) | what a pair costs on this machine, and whether routing can pay |
 //! | [`baselines`] | what routing is held against: speculative decoding, routing of whole queries |
 //! | [`nano`], [`study`] | pairs of tiny models on a task of their own, and what they show |
 //! | [`sampling`] | the small model's token |
