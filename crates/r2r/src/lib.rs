@@ -14,7 +14,7 @@
 //! |---|---|
 //! | [`router`] | the router's architectures, in f32, bf16 or int8 |
 //! | [`checkpoint`] | official `.pt` files, read without running them; our own format |
-//! | [`labels`] | the rules by which labels are made |
+//! | [`labels`] | the rules by which labels are made, the steps from queries to labels, judges |
 //! | [`thresholds`] | from probabilities and labels to a threshold |
 //! | [`losses`], [`training`] | what a router is trained to make small; training with early stopping and exact resume |
 //! | [`policy`] | who chooses a token: the router, measures of uncertainty, a budget, a coin, an oracle |
