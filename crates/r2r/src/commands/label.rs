@@ -11,6 +11,7 @@ use nics_base::cli::{ShardArg, Size};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_core::cli::{DeviceArgs, at_least_one};
+use nics_core::tokenizer::Tokenizer;
 use r2r::labels::pipeline::{
     self, Budget, ContinueSettings, Form, PrefillSettings, RespondSettings, Step, Watch, Work,
 };
@@ -204,8 +205,9 @@ struct Continue {
 struct Judge {
     #[command(flatten)]
     place: PlaceArgs,
-    #[command(flatten)]
-    large: LargeArg,
+    /// Large model; of one that is not asked the tokenizer alone is read
+    #[arg(long, short, visible_alias = "llm", value_name = "FOLDER|ID")]
+    large: String,
     #[command(flatten)]
     judge: JudgeArgs,
     /// A token that ends a sentence; once for each; as for `continue`
@@ -331,7 +333,7 @@ impl Session {
         &mut self,
         small: &Loaded,
         models: &[&Loaded],
-        large: Option<&nics_core::tokenizer::Tokenizer>,
+        large: Option<&Tokenizer>,
         args: &PrefillArgs,
     ) -> Result<()> {
         let settings = PrefillSettings {
@@ -356,9 +358,17 @@ impl Session {
         })
     }
 
-    fn judge(&mut self, large: &Loaded, args: &JudgeArgs, stops: &[String], batch: usize) -> Result<()> {
-        let party = large.party();
-        let mut judge = args.open(&party, stops, batch, &self.interrupt)?;
+    /// `large` is the large model, where the judge asks it.
+    fn judge(
+        &mut self,
+        tokenizer: &Tokenizer,
+        large: Option<&Loaded>,
+        args: &JudgeArgs,
+        stops: &[String],
+        batch: usize,
+    ) -> Result<()> {
+        let party = large.map(Loaded::party);
+        let mut judge = args.open(tokenizer, party.as_ref(), stops, batch, &self.interrupt)?;
         self.step(Step::Judge, "verdicts", |work, watch| pipeline::judge(work, &mut *judge, watch))
     }
 
@@ -402,8 +412,10 @@ impl Label {
             }
             Command::Judge(args) => {
                 let mut session = args.place.open(quiet)?;
-                let large = Loaded::open(&args.large.large, &args.place.run_on)?;
-                session.judge(&large, &args.judge, &args.stop_token, args.batch.batch)
+                let tokenizer = models::tokenizer(&args.large)?;
+                let load = || Loaded::open(&args.large, &args.place.run_on);
+                let large = args.judge.needs_model().then(load).transpose()?;
+                session.judge(&tokenizer, large.as_ref(), &args.judge, &args.stop_token, args.batch.batch)
             }
             Command::Build(args) => args.place.open(quiet)?.build(),
             Command::Run(args) => args.run(quiet),
@@ -419,30 +431,31 @@ impl Run {
             bail!("small and large model are both {}: labels need two models", self.small.small);
         }
         // A pair that does not fit together shows before days of work.
-        pipeline::same_tokenizer(
-            &models::tokenizer(&self.small.small)?,
-            &models::tokenizer(&self.large.large)?,
-        )?;
+        let tokenizer = models::tokenizer(&self.large.large)?;
+        pipeline::same_tokenizer(&models::tokenizer(&self.small.small)?, &tokenizer)?;
         let load = |name: &str| Loaded::open(name, &self.place.run_on);
         let settings = self.continuation.settings(self.prefill.max_tokens, &self.batch);
-        let large = load(&self.large.large)?;
+        let mut large = load(&self.large.large)?;
         if self.together {
             let small = load(&self.small.small)?;
             let both = [&large, &small];
             session.respond(&large, &both, &self.respond, &self.batch)?;
             session.prefill(&small, &both, None, &self.prefill)?;
             session.go_on(&large, &both, &settings)?;
-            session.judge(&large, &self.judge, &self.continuation.stop_token, self.batch.batch)?;
         } else {
             session.respond(&large, &[&large], &self.respond, &self.batch)?;
             drop(large);
             let small = load(&self.small.small)?;
             session.prefill(&small, &[&small], None, &self.prefill)?;
             drop(small);
-            let large = load(&self.large.large)?;
+            large = load(&self.large.large)?;
             session.go_on(&large, &[&large], &settings)?;
-            session.judge(&large, &self.judge, &self.continuation.stop_token, self.batch.batch)?;
         }
+        // A judge elsewhere needs none of its memory.
+        let large = self.judge.needs_model().then_some(large);
+        let stops = &self.continuation.stop_token;
+        session.judge(&tokenizer, large.as_ref(), &self.judge, stops, self.batch.batch)?;
+        drop(large);
         session.build()
     }
 }

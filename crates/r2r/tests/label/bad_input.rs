@@ -1,5 +1,6 @@
 //! Bad input to the commands: each kind with its reason, and nothing made of it.
 
+use nics_core::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, save};
 use serde_json::json;
 
 use crate::kit::*;
@@ -149,6 +150,25 @@ fn models_that_do_not_fit_are_refused() {
     }
     let said = run(&dir.path().join("dull-small"), &dir.path().join("dull-large"), "").refused();
     assert!(said.contains("</think>"), "{said}");
+    // One vocabulary, but a table that ends before it does.
+    let short = dir.path().join("short");
+    copy(&small(), &short);
+    let checkpoint = Checkpoint::open_dir(&small()).unwrap();
+    let root = checkpoint.root(tch::Device::Cpu, tch::Kind::Float);
+    let tensors: Vec<(String, tch::Tensor)> = checkpoint
+        .names()
+        .map(|name| {
+            let tensor = root.stored(name).unwrap();
+            let is_table = name.contains("embed_tokens") || name.contains("lm_head");
+            (name.to_owned(), if is_table { tensor.narrow(0, 0, 20) } else { tensor })
+        })
+        .collect();
+    let mut config = serde_json::Value::Object(checkpoint.config_json().clone());
+    config["vocab_size"] = 20.into();
+    save(&short, tensors, &config, DEFAULT_SHARD_BYTES).unwrap();
+    let said = run(&short, &large(), "--together").refused();
+    assert!(said.contains("the small model has 20 tokens"), "{said}");
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
     // A model beside itself, too many logits, too little memory, no such folder.
     assert!(run(&large(), &large(), "").refused().contains("two models"));
     let said = say(dir.path(), &RUN.replace("--top-k 12", "--top-k 2000 --out logits")).refused();

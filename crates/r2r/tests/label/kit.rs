@@ -12,7 +12,6 @@ use nics_core::models::{self, Decoder};
 use nics_core::tokenizer::Tokenizer;
 use nics_datasets::ring;
 use nics_datasets::word_problems::Split;
-use r2r::labels::pipeline::Party;
 use r2r::nano::{Recipe, RingTask};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
@@ -113,17 +112,6 @@ impl Model {
         Self {
             decoder: models::load(&checkpoint, Device::Cpu, Kind::Float).unwrap(),
             tokenizer: Tokenizer::from_checkpoint(&checkpoint).unwrap(),
-        }
-    }
-
-    pub fn party(&self) -> Party<'_> {
-        Party {
-            model: &self.decoder,
-            tokenizer: &self.tokenizer,
-            template: None,
-            eos: self.tokenizer.special_ids().eos.clone(),
-            identity: json!("a model of the tests"),
-            name: "test".into(),
         }
     }
 }

@@ -35,7 +35,7 @@ fn settings(model: &Model, batch: usize) -> LiveSettings {
         max_new_tokens: 40,
         batch,
         eos: model.tokenizer.special_ids().eos.clone(),
-        stops: ContinueSettings::default().stop_tokens(&model.party()).unwrap(),
+        stops: ContinueSettings::default().stop_tokens(&model.tokenizer).unwrap(),
         sentences: 0,
         max_continuation: 12,
     }

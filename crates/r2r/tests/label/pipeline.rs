@@ -181,7 +181,7 @@ fn steps_one_by_one_or_all_together_make_the_same_bytes() {
         format!("judge --llm LARGE --judge rule:synonyms.toml {batch}"),
         "build".to_owned(),
     ] {
-        say(dir.path(), &format!("label {step} --out steps")).ok();
+        say(dir.path(), &format!("label {step} --dtype f32 --out steps")).ok();
     }
     let whole = files(&dir.path().join("whole"));
     assert!(whole.iter().any(|(name, _)| name == "labels-0000.safetensors"), "{whole:?}");

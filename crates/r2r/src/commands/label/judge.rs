@@ -9,6 +9,7 @@ use clap::Args;
 use nics_base::cli::env_key;
 use nics_base::interrupt::Interrupt;
 use nics_core::cli::at_least_one;
+use nics_core::tokenizer::Tokenizer;
 use r2r::evaluation;
 use r2r::labels::judges::{
     AnswerJudge, Extract, Judge, LargeChat, RemoteChat, RemoteJudgeSettings, RuleJudge, SynonymTable,
@@ -136,21 +137,28 @@ impl JudgeArgs {
         Ok(settings)
     }
 
-    /// The judge; a server is greeted.
+    /// Whether the large model itself is asked.
+    pub fn needs_model(&self) -> bool {
+        matches!(self.judge, Spec::Large | Spec::Answer(..))
+    }
+
+    /// The judge over the pair's tokenizer; a server is greeted. `party` is the large model, where it is asked.
     pub fn open<'m>(
         &self,
-        party: &'m Party<'m>,
+        tokenizer: &Tokenizer,
+        party: Option<&'m Party<'m>>,
         stops: &[String],
         batch: usize,
         interrupt: &Interrupt,
     ) -> Result<Box<dyn Judge + 'm>> {
         let stops = ContinueSettings { stops: stops.to_vec(), ..ContinueSettings::default() };
-        let stops = stops.stop_tokens(party)?;
+        let stops = stops.stop_tokens(tokenizer)?;
         let variables: Map<String, Value> = self.judge_var.iter().cloned().collect();
+        let large = || party.context("the large model is not loaded");
         Ok(match &self.judge {
             Spec::Rule(path) => {
                 let table = path.as_deref().map(SynonymTable::read).transpose()?.unwrap_or_default();
-                Box::new(RuleJudge::new(&table, party.tokenizer, stops)?)
+                Box::new(RuleJudge::new(&table, tokenizer, stops)?)
             }
             Spec::Chat(url) => {
                 let mut extra = Map::new();
@@ -169,13 +177,14 @@ impl JudgeArgs {
                     ..RemoteJudgeSettings::default()
                 };
                 let chat = RemoteChat::connect(url, settings).context("the judge's server")?;
-                Box::new(TextJudge::new(chat, party.tokenizer, stops, self.text()?)?)
+                Box::new(TextJudge::new(chat, tokenizer, stops, self.text()?)?)
             }
             Spec::Large => {
-                let chat = LargeChat::new(party, self.judge_tokens, batch, variables)?;
-                Box::new(TextJudge::new(chat, party.tokenizer, stops, self.text()?)?)
+                let chat = LargeChat::new(large()?, self.judge_tokens, batch, variables)?;
+                Box::new(TextJudge::new(chat, tokenizer, stops, self.text()?)?)
             }
             Spec::Answer(name, kind) => {
+                let party = large()?;
                 if party.eos.is_empty() {
                     bail!("{} names no token that ends a reply, so no branch would end", party.name);
                 }

@@ -2,6 +2,7 @@
 
 use nics_core::cache::DenseCache;
 use nics_core::seam::{KvCache, SeqId};
+use nics_core::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -12,7 +13,7 @@ use super::party::Party;
 use super::work::{Step, Watch, Work};
 use super::writing::{Wanted, read, write};
 use crate::labels::stops::{StopTokens, reference_continuation};
-use crate::labels::{Document, Mismatch, mismatches};
+use crate::labels::{Document, Mismatch, ThinkTokens, mismatches};
 use crate::{Error, Result};
 
 /// How the large model goes on.
@@ -50,14 +51,14 @@ impl ContinueSettings {
     ///
     /// # Errors
     /// A text that is no token, [`Error::ThinkTokenUnknown`].
-    pub fn stop_tokens(&self, party: &Party) -> Result<StopTokens> {
-        let think = party.think()?;
+    pub fn stop_tokens(&self, tokenizer: &Tokenizer) -> Result<StopTokens> {
+        let think = ThinkTokens::of(tokenizer)?;
         if self.stops.is_empty() {
-            return StopTokens::of_tokenizer(party.tokenizer, Some(think));
+            return StopTokens::of_tokenizer(tokenizer, Some(think));
         }
         let mut ids = vec![think.start, think.end];
         for text in &self.stops {
-            let id = party.tokenizer.token_id(text).ok_or_else(|| {
+            let id = tokenizer.token_id(text).ok_or_else(|| {
                 Error::setting(
                     "stops",
                     format!("{text:?}"),
@@ -121,7 +122,7 @@ pub fn continue_mismatches(
     watch: &mut Watch,
 ) -> Result<u64> {
     settings.validate()?;
-    let stops = settings.stop_tokens(large)?;
+    let stops = settings.stop_tokens(large.tokenizer)?;
     let (think, eos) = (large.think()?, i64::from(large.end()?));
     let identity = json!({ "large": large.identity, "settings": settings, "mem_limit": budget.limit });
     if work.begin(Step::Continue, identity)? {
