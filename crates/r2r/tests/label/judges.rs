@@ -162,7 +162,7 @@ fn scores(dir: &Path, name: &str) -> Vec<i64> {
 
 #[test]
 fn a_server_is_asked_once_for_each_question_whatever_its_mood() {
-    let dir = continued(6);
+    let dir = continued(3);
     let dir = dir.path();
     let all = read_lines(&dir.join("base/mismatch.jsonl")).len();
     take(dir, "well");
@@ -190,7 +190,12 @@ fn a_server_is_asked_once_for_each_question_whatever_its_mood() {
         let name = format!("{mood:?}");
         take(dir, &name);
         let server = Server::start(mood);
-        judge(dir, &name, &format!("{} --judge-retries 9 --judge-connections 2", server.url)).ok();
+        judge(
+            dir,
+            &name,
+            &format!("{} --judge-retries 2 --judge-connections 1 --judge-backoff 5", server.url),
+        )
+        .ok();
         assert_eq!(scores(dir, &name), expected, "{mood:?}");
     }
     take(dir, "vague");

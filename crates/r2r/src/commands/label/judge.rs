@@ -110,6 +110,9 @@ pub struct JudgeArgs {
     /// Calls made again after one that failed
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Judges that read")]
     judge_retries: usize,
+    /// Milliseconds before the first of these; twice as long before each further one
+    #[arg(long, value_name = "MS", default_value_t = 500, help_heading = "Judges that read")]
+    judge_backoff: u64,
     /// Calls of the judge's server at a time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one, help_heading = "Judges that read")]
     judge_connections: usize,
@@ -171,6 +174,7 @@ impl JudgeArgs {
                     max_tokens: self.judge_tokens,
                     timeout: Duration::from_secs(self.judge_timeout),
                     retries: self.judge_retries,
+                    backoff: Duration::from_millis(self.judge_backoff),
                     connections: self.judge_connections,
                     extra,
                     interrupt: interrupt.clone(),
