@@ -178,7 +178,6 @@ impl JudgeArgs {
                     connections: self.judge_connections,
                     extra,
                     interrupt: interrupt.clone(),
-                    ..RemoteJudgeSettings::default()
                 };
                 let chat = RemoteChat::connect(url, settings).context("the judge's server")?;
                 Box::new(TextJudge::new(chat, tokenizer, stops, self.text()?)?)
