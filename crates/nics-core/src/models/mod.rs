@@ -8,11 +8,13 @@ pub mod decoder;
 pub mod llama;
 pub mod qwen2;
 pub mod qwen3;
+mod read;
 
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 pub use decoder::{Decoder, DecoderConfig};
+pub use read::{NewTokens, read, read_last};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorPath};
 use crate::seam::{KvCache, LayerHook, Mask, Projection, Ragged};

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use nics_core::cache::NoCache;
 use nics_core::checkpoint::TensorPath;
-use nics_core::models::{Batch, Input, Model};
-use nics_core::seam::{Ragged, SeqId};
+use nics_core::models::{Model, NewTokens, read};
+use nics_core::seam::SeqId;
 use nics_core::train::{AdamW, AdamWOptions};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
@@ -78,18 +78,16 @@ pub fn pooled_states(model: &dyn Model, prompts: &[Vec<u32>]) -> Result<Tensor> 
     }
     let mut pooled = Vec::with_capacity(prompts.len());
     for chunk in prompts.chunks(CHUNK) {
-        let rows: Vec<_> = chunk.iter().enumerate().map(|(i, p)| (SeqId(i as u64), 0, p.len())).collect();
-        let ids: Vec<i64> = chunk.iter().flatten().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::f_from_slice(&ids)?.f_to_device(model.dims().device)?;
-        let batch = Batch::new(Ragged::contiguous(&rows), Input::Ids(&ids));
-        let hidden = model.forward(&batch, &mut NoCache::new(), None)?.hidden;
+        let new: Vec<NewTokens> =
+            chunk.iter().enumerate().map(|(i, p)| (SeqId(i as u64), 0, p.as_slice())).collect();
+        let hidden = read(model, &mut NoCache::new(), &new)?;
         let hidden = hidden.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?;
         let mut from = 0;
-        for (_, _, len) in rows {
-            let own = hidden.f_narrow(0, from, len as i64)?;
+        for len in chunk.iter().map(|prompt| prompt.len() as i64) {
+            let own = hidden.f_narrow(0, from, len)?;
             let mean = own.f_mean_dim(0i64, false, Kind::Float)?;
-            pooled.push(Tensor::f_cat(&[mean, own.f_get(len as i64 - 1)?], 0)?);
-            from += len as i64;
+            pooled.push(Tensor::f_cat(&[mean, own.f_get(len - 1)?], 0)?);
+            from += len;
         }
     }
     Ok(Tensor::f_stack(&pooled, 0)?)

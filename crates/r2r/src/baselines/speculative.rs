@@ -15,9 +15,9 @@ use std::collections::HashSet;
 
 use nics_core::cache::DenseCache;
 use nics_core::generate::Finish;
-use nics_core::models::{Batch, Input, Model};
+use nics_core::models::{Model, NewTokens, read};
 use nics_core::sampling::{Sampling, argmax, softmax};
-use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::seam::{KvCache, SeqId};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -255,7 +255,7 @@ impl<'m> Speculative<'m> {
         let body = &one.ids[..one.prompt - 1];
         for (side, seq) in [(&mut self.small, one.small), (&mut self.large, one.large)] {
             for (chunk, part) in body.chunks(CHUNK).enumerate() {
-                let _ = side.read(&[(seq, chunk * CHUNK, part)])?;
+                let _ = read(side.model, &mut side.cache, &[(seq, chunk * CHUNK, part)])?;
             }
         }
         Ok(())
@@ -420,30 +420,15 @@ impl Running {
 }
 
 impl Side<'_> {
-    /// Reads new tokens of some sequences (where each stands, and its tokens): hidden states of all rows.
-    fn read(&mut self, parts: &[(SeqId, usize, &[u32])]) -> Result<Tensor> {
-        let rows: Vec<_> = parts.iter().map(|(seq, from, new)| (*seq, *from, new.len())).collect();
-        let ids: Vec<i64> =
-            parts.iter().flat_map(|(_, _, new)| new.iter().map(|&id| i64::from(id))).collect();
-        let input = Tensor::f_from_slice(&ids)?.f_to_device(self.model.dims().device)?;
-        let batch = Batch::new(Ragged::contiguous(&rows), Input::Ids(&input));
-        Ok(self.model.forward(&batch, &mut self.cache, None)?.hidden)
-    }
-
     /// Logits of each sequence's last row.
-    fn last_logits(&mut self, parts: &[(SeqId, usize, &[u32])], vocab: usize) -> Result<Vec<Vec<f32>>> {
+    fn last_logits(&mut self, parts: &[NewTokens], vocab: usize) -> Result<Vec<Vec<f32>>> {
         let counts = vec![1; parts.len()];
         self.tail_logits(parts, &counts, vocab)
     }
 
     /// Logits of each sequence's last `counts` rows, all sequences one after the other.
-    fn tail_logits(
-        &mut self,
-        parts: &[(SeqId, usize, &[u32])],
-        counts: &[usize],
-        vocab: usize,
-    ) -> Result<Vec<Vec<f32>>> {
-        let hidden = self.read(parts)?;
+    fn tail_logits(&mut self, parts: &[NewTokens], counts: &[usize], vocab: usize) -> Result<Vec<Vec<f32>>> {
+        let hidden = read(self.model, &mut self.cache, parts)?;
         let (mut wanted, mut end) = (Vec::new(), 0);
         for ((_, _, new), &count) in parts.iter().zip(counts) {
             end += new.len();

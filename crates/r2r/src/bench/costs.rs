@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use nics_core::cache::DenseCache;
-use nics_core::models::{Batch, Input, Model};
+use nics_core::models::{Model, read_last};
 use nics_core::sampling::argmax;
-use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::seam::{KvCache, SeqId};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -62,11 +62,8 @@ impl<'m> Behind<'m> {
     fn rows(&mut self, at: usize, rows: usize) -> Result<(Tensor, Tensor)> {
         let dims = self.model.dims();
         // Any ids do: each row of the table costs the same.
-        let ids: Vec<i64> = (at..at + rows).map(|i| (i as i64 * 7919) % dims.vocab).collect();
-        let ids = Tensor::f_from_slice(&ids)?.f_to_device(dims.device)?;
-        let ragged = Ragged::contiguous(&[(self.seq, at, rows)]);
-        let out = self.model.forward(&Batch::new(ragged, Input::Ids(&ids)), &mut self.cache, None)?;
-        let last = out.hidden.f_narrow(0, rows as i64 - 1, 1)?;
+        let ids: Vec<u32> = (at..at + rows).map(|i| ((i as i64 * 7919) % dims.vocab) as u32).collect();
+        let last = read_last(self.model, &mut self.cache, &[(self.seq, at, &ids)])?;
         let logits = self.model.logits(&last)?;
         Ok((last, logits))
     }

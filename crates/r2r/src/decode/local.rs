@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nics_core::cache::DenseCache;
 use nics_core::device::OneThread;
-use nics_core::models::{Batch, Input, Model};
+use nics_core::models::{self, Model, NewTokens};
 use nics_core::sampling::{Sampler, Sampling};
-use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::seam::{KvCache, SeqId};
 use nics_kernels::gemv::MAX_ROWS;
 use tch::{Device, Kind, Tensor};
 
@@ -95,29 +95,16 @@ impl<'m> LocalLarge<'m> {
     /// Reads the next rows of some sequences in one call: hidden states of each one's last row, `[which, hidden]`. After an
     /// error the cache has none of them.
     fn read(&mut self, which: &[(Sequence, usize)]) -> Result<Tensor> {
-        let (mut rows, mut ids) = (Vec::with_capacity(which.len()), Vec::new());
-        for &(sequence, len) in which {
-            let (open, kept) = (self.get(sequence)?, self.kept(sequence)?);
-            rows.push((open.seq, kept, len));
-            ids.extend(open.ids[kept..kept + len].iter().map(|&id| i64::from(id)));
-        }
-        let result = self.forward(&rows, &ids);
-        if result.is_err() {
-            // Layers before the one that failed have taken the rows in.
-            for (seq, from, _) in rows {
-                self.cache.truncate(seq, from)?;
-            }
-        }
-        result
-    }
-
-    fn forward(&mut self, rows: &[(SeqId, usize, usize)], ids: &[i64]) -> Result<Tensor> {
-        let rows = Ragged::contiguous(rows);
-        let device = self.model.dims().device;
-        let last = Tensor::f_from_slice(&rows.last_rows())?.f_to_device(device)?;
-        let input = Tensor::f_from_slice(ids)?.f_to_device(device)?;
-        let out = self.model.forward(&Batch::new(rows, Input::Ids(&input)), &mut self.cache, None)?;
-        Ok(out.hidden.f_index_select(0, &last)?)
+        let kept = which.iter().map(|&(sequence, _)| self.kept(sequence)).collect::<Result<Vec<_>>>()?;
+        let new: Vec<NewTokens> = which
+            .iter()
+            .zip(kept)
+            .filter_map(|(&(sequence, len), kept)| {
+                let open = self.open.get(&sequence)?;
+                Some((open.seq, kept, &open.ids[kept..kept + len]))
+            })
+            .collect();
+        Ok(models::read_last(self.model, &mut self.cache, &new)?)
     }
 
     /// One round: everybody who lags behind by a few rows and, oldest first, at most a chunk of others' rows. Those who come

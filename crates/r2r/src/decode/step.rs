@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use nics_core::device::OneThread;
-use nics_core::models::{Batch, Input};
-use nics_core::seam::{KvCache, Ragged};
+use nics_core::models::{self, NewTokens};
+use nics_core::seam::KvCache;
 use nics_kernels::gemv::MAX_ROWS;
 use tch::{Device, Kind, Tensor};
 
@@ -191,31 +191,19 @@ impl Decoder<'_> {
 
     /// Reads at most `most` rows of some sequences in one call: hidden states of the last row of each.
     fn read(&mut self, which: &[usize], most: usize) -> Result<Tensor> {
-        let (mut rows, mut ids) = (Vec::new(), Vec::new());
-        for &i in which {
-            let r = &self.running[i];
-            let new = &r.ids[r.read..r.ids.len().min(r.read + most)];
-            rows.push((r.seq, r.read, new.len()));
-            ids.extend(new.iter().map(|&id| i64::from(id)));
-        }
-        let ragged = Ragged::contiguous(&rows);
-        let device = self.small.dims().device;
-        let last = Tensor::f_from_slice(&ragged.last_rows())?.f_to_device(device)?;
-        let input = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
-        let out = match self.small.forward(&Batch::new(ragged, Input::Ids(&input)), &mut self.cache, None) {
-            Ok(out) => out,
-            Err(e) => {
-                // Layers before the one that failed have taken the rows in.
-                for (seq, from, _) in rows {
-                    self.cache.truncate(seq, from)?;
-                }
-                return Err(e.into());
-            }
-        };
-        for (&i, (_, _, len)) in which.iter().zip(&rows) {
+        let new: Vec<NewTokens> = which
+            .iter()
+            .map(|&i| {
+                let r = &self.running[i];
+                (r.seq, r.read, &r.ids[r.read..r.ids.len().min(r.read + most)])
+            })
+            .collect();
+        let hidden = models::read_last(self.small, &mut self.cache, &new)?;
+        let lens: Vec<usize> = new.iter().map(|(_, _, ids)| ids.len()).collect();
+        for (&i, len) in which.iter().zip(lens) {
             self.running[i].read += len;
         }
-        Ok(out.hidden.f_index_select(0, &last)?)
+        Ok(hidden)
     }
 }
 

@@ -6,9 +6,9 @@
 //! at every difference. Its share of large tokens counts what was taken, not what was computed.
 
 use nics_core::cache::DenseCache;
-use nics_core::models::{Batch, Input, Model};
-use nics_core::seam::{KvCache, Ragged, SeqId};
-use tch::{Kind, Tensor};
+use nics_core::models::{Model, NewTokens, read_last};
+use nics_core::seam::{KvCache, SeqId};
+use tch::Kind;
 
 use super::judges::{Judge, Pair};
 use super::stops::StopTokens;
@@ -152,7 +152,7 @@ struct Live<'a> {
 impl Live<'_> {
     /// The next token of every response.
     fn step(&mut self, running: &mut [Running], judge: &mut dyn Judge) -> Result<Vec<LiveToken>> {
-        let rows = |of: fn(&Running) -> SeqId| -> Vec<(SeqId, usize, &[u32])> {
+        let rows = |of: fn(&Running) -> SeqId| -> Vec<NewTokens> {
             running.iter().map(|r| (of(r), r.read, &r.ids[r.read..])).collect()
         };
         let small = next(self.small, &mut self.caches[0], &rows(|r| r.small), self.vocab)?;
@@ -220,7 +220,7 @@ impl Live<'_> {
             }
             let last: Vec<[u32; 1]> =
                 going.iter().map(|&b| [*branches[b].rest.last().unwrap_or(&branches[b].token)]).collect();
-            let rows: Vec<(SeqId, usize, &[u32])> =
+            let rows: Vec<NewTokens> =
                 going.iter().zip(&last).map(|(&b, id)| (branches[b].seq, branches[b].at, &id[..])).collect();
             let tokens = next(self.large, &mut self.caches[1], &rows, self.vocab)?;
             for (b, token) in going.into_iter().zip(tokens) {
@@ -243,20 +243,8 @@ impl Live<'_> {
 }
 
 /// The likeliest next token of each sequence below `vocab`, after its new tokens.
-fn next(
-    model: &dyn Model,
-    cache: &mut DenseCache,
-    parts: &[(SeqId, usize, &[u32])],
-    vocab: i64,
-) -> Result<Vec<u32>> {
-    let rows: Vec<(SeqId, usize, usize)> = parts.iter().map(|(s, at, new)| (*s, *at, new.len())).collect();
-    let ids: Vec<i64> = parts.iter().flat_map(|(_, _, new)| new.iter().map(|&id| i64::from(id))).collect();
-    let device = model.dims().device;
-    let rows = Ragged::contiguous(&rows);
-    let last = Tensor::f_from_slice(&rows.last_rows())?.f_to_device(device)?;
-    let input = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
-    let out = model.forward(&Batch::new(rows, Input::Ids(&input)), cache, None)?;
-    let logits = model.logits(&out.hidden.f_index_select(0, &last)?)?.f_to_kind(Kind::Float)?;
+fn next(model: &dyn Model, cache: &mut DenseCache, new: &[NewTokens], vocab: i64) -> Result<Vec<u32>> {
+    let logits = model.logits(&read_last(model, cache, new)?)?.f_to_kind(Kind::Float)?;
     // Rows of padding behind the shared vocabulary are nobody's tokens.
     let tokens = logits.f_narrow(1, 0, vocab)?.f_argmax(1, false)?.f_to_device(tch::Device::Cpu)?;
     Ok(Vec::<i64>::try_from(tokens)?.into_iter().map(|t| t as u32).collect())

@@ -3,9 +3,8 @@
 use std::collections::VecDeque;
 
 use nics_core::generate::{Finish, Generator, Request, RequestId};
-use nics_core::models::{Batch, Input, Model};
-use nics_core::seam::{KvCache, Ragged, SeqId};
-use tch::Tensor;
+use nics_core::models::{self, Model};
+use nics_core::seam::{KvCache, SeqId};
 
 use super::budget::PROMPT_ROWS;
 use crate::Result;
@@ -74,10 +73,7 @@ pub(crate) fn read(model: &dyn Model, cache: &mut dyn KvCache, ids: &[u32]) -> R
     let _guard = tch::no_grad_guard();
     let sequence = cache.open(ids.len())?;
     for (chunk, part) in ids.chunks(PROMPT_ROWS).enumerate() {
-        let rows = Ragged::contiguous(&[(sequence, chunk * PROMPT_ROWS, part.len())]);
-        let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
-        let input = Tensor::f_from_slice(&ids)?.f_to_device(model.dims().device)?;
-        model.forward(&Batch::new(rows, Input::Ids(&input)), cache, None)?;
+        let _ = models::read(model, cache, &[(sequence, chunk * PROMPT_ROWS, part)])?;
     }
     Ok(sequence)
 }
