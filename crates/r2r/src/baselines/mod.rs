@@ -7,7 +7,7 @@
 //! | policies without training | [`crate::policy`] |
 //! | a router trained on mismatches instead of divergences, or on fewer inputs | [`crate::training`] with other labels or another [`crate::router::Architecture`] |
 //! | a middle-sized model by itself | any checkpoint; [`crate::nano`] has one for each pair |
-//! | the path that a judge would take | [`crate::policy::Oracle`] |
+//! | the path that a judge would take | [`crate::labels::live`] |
 //!
 //! EAGLE-2 and HASS, which the paper compares with, need draft heads trained for the large model; vanilla drafting stands
 //! in for them and is labelled so wherever it is reported.

@@ -13,11 +13,12 @@ use nics_datasets::ring::RingProblem;
 use nics_datasets::word_problems::Split;
 use tch::Tensor;
 
+use super::oracle::path;
 use super::point::marks;
 use super::queries::{Part, problems};
 use super::routers::{Measures, threshold_at};
 use super::settings::Study;
-use super::{Kind, Models, POINTS_FILE, Point, follow};
+use super::{Kind, Models, POINTS_FILE, Point};
 use crate::baselines::query::{
     Comparison, Head, Matrix, QueryRouter, Similarity, pooled_states, threshold_for_share,
 };
@@ -350,16 +351,16 @@ impl<'a> Bench<'a> {
         }
         store.begin(ORACLE)?;
         let begun = Instant::now();
-        let paths = follow(self.models, &self.prompts, RESPONSE_TOKENS, self.study.evaluation.batch)?;
+        let paths = path(self.models, &self.prompts, RESPONSE_TOKENS, self.study.evaluation.batch)?;
         store.add(Point {
             variant: ORACLE.into(),
             rate: None,
             threshold: None,
-            right: self.marks(paths.iter().map(|p| p.tokens.clone())),
-            large: paths.iter().map(|p| p.large as u32).collect(),
-            tokens: paths.iter().map(|p| p.tokens.len() as u32).collect(),
+            right: self.marks(paths.iter().map(|path| path.iter().map(|t| t.token).collect())),
+            large: paths.iter().map(|path| path.iter().filter(|t| t.large).count() as u32).collect(),
+            tokens: paths.iter().map(|path| path.len() as u32).collect(),
             // The large model reads everything, the branches aside.
-            large_read: paths.iter().map(|p| p.tokens.len() as u64).sum(),
+            large_read: paths.iter().map(|path| path.len() as u64).sum(),
             identical: None,
             seconds: begun.elapsed().as_secs_f64(),
         })

@@ -22,7 +22,6 @@ mod settings;
 pub use evaluate::{Inputs, Report, evaluate};
 pub use figures::{About, Claims, Estimate, figures};
 pub use models::Models;
-pub use oracle::{FollowedPath, follow};
 pub use point::{POINTS_FILE, Point};
 pub use queries::{Part, SYNONYMS_FILE, write_queries};
 pub use routers::{Kind, Measures};

@@ -23,8 +23,8 @@ pub struct Models {
     pub task: RingTask,
     /// Parameters of small, middle and large.
     pub parameters: [usize; 3],
-    /// [`tokenizer_hash`] of all three.
-    pub tokenizer: String,
+    /// The tokenizer of all three.
+    pub tokenizer: Tokenizer,
     /// The small model's embedding table, `[vocab, hidden]`.
     pub embedding: Tensor,
 }
@@ -54,7 +54,8 @@ impl Models {
                 return Err(Error::TokenizerMismatch { router: hash, model: role.name().to_owned(), found });
             }
         }
-        let task = RingTask::of_vocabulary(loaded[0].3.vocab_size())?;
+        let tokenizer = loaded[0].3.clone();
+        let task = RingTask::of_vocabulary(tokenizer.vocab_size())?;
         let parameters = [loaded[0].2, loaded[1].2, loaded[2].2];
         let mut decoders = loaded.into_iter().map(|(_, decoder, _, _)| decoder);
         let (Some(small), Some(middle), Some(large)) = (decoders.next(), decoders.next(), decoders.next())
@@ -64,6 +65,6 @@ impl Models {
         let _guard = tch::no_grad_guard();
         let ids = Tensor::f_arange(small.dims().vocab, (Kind::Int64, device))?;
         let embedding = small.embed(&ids)?;
-        Ok(Self { small, middle, large, task, parameters, tokenizer: hash, embedding })
+        Ok(Self { small, middle, large, task, parameters, tokenizer, embedding })
     }
 }

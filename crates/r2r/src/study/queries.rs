@@ -44,6 +44,13 @@ pub(super) fn problems(study: &Study, task: &RingTask, part: Part, seed: u64) ->
     (0..n as u64).map(|i| task.ring().problem(split, study.labels.seed + seed, i)).collect()
 }
 
+/// The words of the task that mean the same.
+pub(super) fn synonyms() -> SynonymTable {
+    let lists: [&[&str]; 3] = [&CONNECTIVES, &SEPARATORS, &CLOSINGS];
+    let classes = lists.iter().map(|list| list.iter().map(|&word| word.to_owned()).collect()).collect();
+    SynonymTable { classes, ignore: Vec::new() }
+}
+
 /// Writes the queries of both parts and the synonyms into `dir`.
 pub fn write_queries(study: &Study, task: &RingTask, seed: u64, dir: &Path) -> Result<()> {
     for part in [Part::Train, Part::Validation] {
@@ -57,9 +64,6 @@ pub fn write_queries(study: &Study, task: &RingTask, seed: u64, dir: &Path) -> R
         let queries: Vec<Query> = problems(study, task, part, seed).into_iter().map(query).collect();
         jsonl::write(dir.join(part.file()), &queries)?;
     }
-    let lists: [&[&str]; 3] = [&CONNECTIVES, &SEPARATORS, &CLOSINGS];
-    let classes = lists.iter().map(|list| list.iter().map(|&word| word.to_owned()).collect()).collect();
-    let table = SynonymTable { classes, ignore: Vec::new() };
-    let text = toml::to_string(&table).map_err(|e| Error::Input(e.to_string()))?;
+    let text = toml::to_string(&synonyms()).map_err(|e| Error::Input(e.to_string()))?;
     Ok(write_atomic(dir.join(SYNONYMS_FILE), text)?)
 }

@@ -80,10 +80,7 @@ impl Kind {
             let expected = format!("{} for {}", expected.name(), self.word());
             return Err(Error::setting(&format!("the type of {}", dir.display()), found.name(), expected));
         }
-        if let Some(hash) = card.tokenizer_hash.as_ref().filter(|hash| **hash != models.tokenizer) {
-            let (router, found) = (hash.clone(), models.tokenizer.clone());
-            return Err(Error::TokenizerMismatch { router, model: "the pair".into(), found });
-        }
+        card.check_tokenizer("the pair", &models.tokenizer)?;
         Ok((router, card))
     }
 }
