@@ -4,7 +4,7 @@
 //! `p`, and always the likeliest; the usual nucleus keeps the token that crosses `p` too. The large model samples with
 //! [`nics_core::sampling`].
 
-use nics_core::sampling::{argmax, softmax};
+use nics_core::sampling::{Sampling, argmax, softmax};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,17 @@ impl Default for SmallSampling {
     /// Greedy.
     fn default() -> Self {
         Self { temperature: 0.0, top_k: 0, top_p: 1.0 }
+    }
+}
+
+impl From<&Sampling> for SmallSampling {
+    /// What one set of settings for both models means for the small one, which has neither penalties nor `min_p`.
+    fn from(sampling: &Sampling) -> Self {
+        Self {
+            temperature: f64::from(sampling.temperature),
+            top_k: sampling.top_k,
+            top_p: f64::from(sampling.top_p),
+        }
     }
 }
 

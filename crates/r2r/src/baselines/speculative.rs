@@ -23,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::decode::check_prompt;
 use crate::{Error, Result};
 
 /// Prompt rows that a model reads at once.
@@ -184,22 +185,9 @@ impl<'m> Speculative<'m> {
     }
 
     fn check(&self, at: usize, request: &Request) -> Result<()> {
-        let len = request.prompt.len();
-        if len == 0 {
-            return Err(Error::EmptyPrompt { seq: at as u64 });
-        }
-        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocab) {
-            let vocab = self.vocab;
-            return Err(Error::Input(format!(
-                "prompt token {id} is outside the {vocab} ids that both models know"
-            )));
-        }
+        check_prompt(&request.prompt, at as u64, self.vocab, self.context)?;
         if request.max_new_tokens == 0 {
             return Err(Error::setting("max_new_tokens", 0, "at least 1"));
-        }
-        if len >= self.context {
-            let what = "the smaller context of the two models";
-            return Err(nics_core::Error::ContextOverflow { need: len + 1, max: self.context, what }.into());
         }
         request.sampling.validate()?;
         let penalty = request.sampling.repetition_penalty;

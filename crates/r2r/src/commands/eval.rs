@@ -14,7 +14,7 @@ use nics_base::row::{self, Row};
 use nics_core::cli::{SamplingArgs, SeedArg};
 use nics_core::template::Message;
 use nics_datasets::Reasoning;
-use r2r::decode::{Request, TokenEvent, Usage, run};
+use r2r::decode::{MeanParameters, Request, TokenEvent, Usage, run};
 use r2r::evaluation::{Question, pass_at_k, questions};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -124,8 +124,6 @@ impl Eval {
         let mut decoder = opened.decoder()?;
         let begun = std::time::Instant::now();
         let mut written = 0u64;
-        // What goes wrong here is no error of the library's: it is kept, and the run ends.
-        let mut broken: Option<anyhow::Error> = None;
         let mut each = |n: usize, event: r2r::Result<TokenEvent>| -> Result<bool> {
             interrupt.check()?;
             let (question, sample) = todo[n];
@@ -159,16 +157,7 @@ impl Eval {
             progress.inc(1);
             Ok(false)
         };
-        let outcome = run(&mut decoder, requests, self.batch, &mut |n, event| {
-            each(n, event).map_err(|error| {
-                broken = Some(error);
-                r2r::Error::Input("the run was ended".into())
-            })
-        });
-        if let Some(error) = broken {
-            return Err(error);
-        }
-        outcome?;
+        run(&mut decoder, requests, self.batch, &mut each)?;
         progress.finish();
         // Samples of an earlier run were not timed in this one.
         let speed = (done.is_empty() && written > 0).then(|| written as f64 / begun.elapsed().as_secs_f64());
@@ -230,13 +219,12 @@ impl Eval {
         }
         rows.push(row("large-model share", usage.large_share(), "", false));
         rows.push(row("tokens a reply", mean(usage.tokens()), "tokens", false));
-        if let Some([small, large, router]) = opened.sizes {
-            let (chose, ran) =
-                (usage.exclusive_parameters(small, large), usage.additive_parameters(small, large, router));
-            rows.push(row("parameters a token, who chose", chose, "B", false));
-            rows.push(row("parameters a token, what ran", ran, "B", false));
+        if let Some(MeanParameters { exclusive, additive }) = opened.sizes.map(|s| usage.mean_parameters(&s))
+        {
+            rows.push(row("parameters a token, who chose", exclusive, "B", false));
+            rows.push(row("parameters a token, what ran", additive, "B", false));
             // The paper's cost: thousands of tokens times billions of parameters.
-            rows.push(row("cost", mean(usage.tokens()) / 1000.0 * chose, "K tokens x B", false));
+            rows.push(row("cost", mean(usage.tokens()) / 1000.0 * exclusive, "K tokens x B", false));
         }
         rows.extend(speed.map(|speed| row("speed", speed, "tokens/s", true)));
         rows

@@ -11,9 +11,9 @@ use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
 use nics_core::cli::{OutArg, SamplingArgs, SeedArg};
 use nics_core::template::Message;
-use r2r::decode::{Request, TokenEvent, Usage, run};
+use r2r::decode::{MeanParameters, Request, TokenEvent, Usage, run};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::opened::{Opened, PairArgs};
 use super::written::{Chosen, Colour, Written};
@@ -78,7 +78,7 @@ struct Reply {
     llm_token_ratio: f64,
     /// Of the pair, where the models' sizes are known: `exclusive` counts the model that chose a token, `additive` what ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    mean_parameters_billions: Option<Value>,
+    mean_parameters_billions: Option<MeanParameters>,
 }
 
 /// A reply on its way.
@@ -135,8 +135,6 @@ impl Generate {
         let mut finished: Vec<Reply> = Vec::new();
         let (mut total, mut failed) = (Usage::default(), Vec::new());
         let mut stdout = std::io::stdout();
-        // What goes wrong here is no error of the library's: it is kept, and the run ends.
-        let mut broken: Option<anyhow::Error> = None;
         let mut each = |n: usize, event: r2r::Result<TokenEvent>| -> Result<bool> {
             interrupt.check()?;
             let event = match event {
@@ -171,12 +169,7 @@ impl Generate {
             if let Some(Open { written, mut reply }) = states[n].take() {
                 reply.finish = written.why(event.finish).into();
                 reply.llm_token_ratio = reply.usage.large_share();
-                reply.mean_parameters_billions = opened.sizes.map(|[small, large, router]| {
-                    json!({
-                        "exclusive": reply.usage.exclusive_parameters(small, large),
-                        "additive": reply.usage.additive_parameters(small, large, router),
-                    })
-                });
+                reply.mean_parameters_billions = opened.sizes.map(|s| reply.usage.mean_parameters(&s));
                 match &mut log {
                     Some(log) => log.append(&reply)?,
                     None => finished.push(reply),
@@ -184,16 +177,7 @@ impl Generate {
             }
             Ok(false)
         };
-        let outcome = run(&mut decoder, requests, self.batch, &mut |n, event| {
-            each(n, event).map_err(|error| {
-                broken = Some(error);
-                r2r::Error::Input("the run was ended".into())
-            })
-        });
-        if let Some(error) = broken {
-            return Err(error);
-        }
-        outcome?;
+        run(&mut decoder, requests, self.batch, &mut each)?;
         progress.finish();
         if live {
             writeln!(stdout)?;

@@ -13,7 +13,7 @@ use nics_core::tch::{Device, Kind as Dtype, Tensor, no_grad_guard};
 use nics_core::template::{ChatTemplate, Message, RenderOptions};
 use nics_core::tokenizer::Tokenizer;
 use r2r::checkpoint::{Official, load, tokenizer_hash};
-use r2r::decode::{Decoder, LargeModel, LocalLarge, Request, Usage};
+use r2r::decode::{Decoder, LargeModel, LocalLarge, MeanParameters, Request, Sizes, Usage};
 use r2r::policy::{Kind, PolicySpec, SharedRouter};
 use r2r::remote::{LargeSpec, RemoteLarge};
 use r2r::router::Storage;
@@ -98,8 +98,8 @@ pub struct Opened {
     large: Large,
     router: Option<(SharedRouter, f64)>,
     pub policy: PolicySpec,
-    /// Billions of parameters of small model, large model and router, where they are known.
-    pub sizes: Option<[f64; 3]>,
+    /// Parameters of the models and the router, where they are known.
+    pub sizes: Option<Sizes>,
     args: PairArgs,
     pub context: usize,
 }
@@ -150,8 +150,8 @@ impl Opened {
             None => 0.0,
         };
         let sizes = match (args.large.sizes, size) {
-            (Some((small, large)), _) => Some([small, large, router_size]),
-            (None, Some(large)) => Some([small_size, large, router_size]),
+            (Some((small, large)), _) => Some(Sizes { small, large, router: router_size }),
+            (None, Some(large)) => Some(Sizes { small: small_size, large, router: router_size }),
             (None, None) => None,
         };
         let own = own_sampling(&checkpoint)?;
@@ -234,11 +234,7 @@ impl Opened {
             }
         }
         let large = Sampling { seed, ..flags.over(&self.own)? };
-        let small = SmallSampling {
-            temperature: f64::from(large.temperature),
-            top_k: large.top_k,
-            top_p: f64::from(large.top_p),
-        };
+        let small = SmallSampling::from(&large);
         let max_new_tokens = flags.max_new_tokens.unwrap_or(1024);
         let mut request = Request::greedy(prompt, max_new_tokens, &self.eos);
         (request.small, request.large, request.seed) = (small, large, seed);
@@ -258,11 +254,9 @@ impl Opened {
         if usage.degraded_tokens > 0 {
             parts.push(format!("{} degraded", usage.degraded_tokens));
         }
-        if let Some([small, large, router]) = self.sizes {
+        if let Some(MeanParameters { exclusive, additive }) = self.sizes.map(|s| usage.mean_parameters(&s)) {
             parts.push(format!(
-                "parameters a token: {:.3} B counting who chose it, {:.3} B counting what ran",
-                usage.exclusive_parameters(small, large),
-                usage.additive_parameters(small, large, router)
+                "parameters a token: {exclusive:.3} B counting who chose it, {additive:.3} B counting what ran"
             ));
         }
         parts.join("; ")

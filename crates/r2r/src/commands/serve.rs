@@ -97,8 +97,8 @@ impl Serve {
     /// Loads the pair and answers requests; runs on the engine's thread.
     fn engine(&self, driver: Driver, sizes: &OnceLock<Sizes>) -> Result<()> {
         let opened = Opened::open(&self.pair, self.seed.seed)?;
-        if let Some([small, large, router]) = opened.sizes {
-            let _ = sizes.set(Sizes { small, large, router });
+        if let Some(of_models) = opened.sizes {
+            let _ = sizes.set(of_models);
         }
         let (small, large) = (opened.small.dims(), opened.large_dims());
         // Never more than all sequences at full length can use.

@@ -54,8 +54,12 @@ pub struct Chosen {
 
 impl From<&TokenEvent> for Chosen {
     fn from(event: &TokenEvent) -> Self {
-        let source = if event.source == Source::Small { "small" } else { "large" };
-        Self { token: event.token, source: source.into(), score: event.score, degraded: event.degraded }
+        Self {
+            token: event.token,
+            source: event.source.name().into(),
+            score: event.score,
+            degraded: event.degraded,
+        }
     }
 }
 

@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 pub use large::{Answer, LargeModel, LargeRequest, LargeToken, ReadAhead, seed_at};
 pub use local::LocalLarge;
 pub(crate) use local::check_sampling;
-pub use usage::{Traffic, Usage};
+pub use usage::{MeanParameters, Sizes, Traffic, Usage};
 
 use crate::policy::{Decision, Policy, Sequence, Settings};
 use crate::sampling::SmallSampling;
@@ -88,6 +88,16 @@ pub enum Source {
         /// Tokens that it read.
         read: usize,
     },
+}
+
+impl Source {
+    /// Its name in results and on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Small => "small",
+            Self::Large { .. } => "large",
+        }
+    }
 }
 
 /// A token that was written.
@@ -213,25 +223,13 @@ impl<'m> Decoder<'m> {
     /// [`Error::EmptyPrompt`], ids outside the shared vocabulary, a prompt that leaves no room, senseless sampling.
     pub fn add(&mut self, request: Request) -> Result<Sequence> {
         let sequence = Sequence(self.next);
-        let len = request.prompt.len();
-        if len == 0 {
-            return Err(Error::EmptyPrompt { seq: sequence.0 });
-        }
-        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.vocab) {
-            return Err(Error::Input(format!(
-                "prompt token {id} is outside the {} ids that both models know",
-                self.vocab
-            )));
-        }
+        check_prompt(&request.prompt, sequence.0, self.vocab, self.context)?;
         if request.max_new_tokens == 0 {
             return Err(Error::setting("max_new_tokens", 0, "at least 1"));
         }
         request.small.validate()?;
         request.large.validate()?;
-        if len >= self.context {
-            let what = "the smaller context of the two models";
-            return Err(nics_core::Error::ContextOverflow { need: len + 1, max: self.context, what }.into());
-        }
+        let len = request.prompt.len();
         let limit = request.max_new_tokens.min(self.context - len);
         let finish_at_limit = if limit == request.max_new_tokens { Finish::Length } else { Finish::Context };
         self.policy.open(sequence, &request.settings)?;
@@ -297,17 +295,34 @@ impl<'m> Decoder<'m> {
     }
 }
 
+/// Whether two models that share `vocab` ids and `context` positions can go on with the prompt of sequence `seq`.
+pub(crate) fn check_prompt(prompt: &[u32], seq: u64, vocab: usize, context: usize) -> Result<()> {
+    if prompt.is_empty() {
+        return Err(Error::EmptyPrompt { seq });
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::Input(format!(
+            "prompt token {id} is outside the {vocab} ids that both models know"
+        )));
+    }
+    if prompt.len() >= context {
+        let what = "the smaller context of the two models";
+        return Err(nics_core::Error::ContextOverflow { need: prompt.len() + 1, max: context, what }.into());
+    }
+    Ok(())
+}
+
 /// Writes requests to their ends, `batch` at a time. `each` is told of every token, and of the failure of a request that
 /// has ended with one, by the request's place; `false` ends that request.
 ///
 /// # Errors
-/// A request that is refused, what [`Decoder::advance`] or `each` return.
-pub fn run(
+/// A request that is refused, what [`Decoder::advance`] or `each` return: `each` may have errors of its caller's own.
+pub fn run<E: From<Error>>(
     decoder: &mut Decoder,
     requests: impl IntoIterator<Item = Request>,
     batch: usize,
-    each: &mut dyn FnMut(usize, Result<TokenEvent>) -> Result<bool>,
-) -> Result<()> {
+    each: &mut dyn FnMut(usize, Result<TokenEvent>) -> Result<bool, E>,
+) -> Result<(), E> {
     let mut waiting = requests.into_iter().enumerate();
     let mut places: HashMap<Sequence, usize> = HashMap::new();
     loop {
@@ -343,7 +358,7 @@ pub fn collect(
     batch: usize,
 ) -> Result<Vec<Vec<TokenEvent>>> {
     let mut events: Vec<Vec<TokenEvent>> = Vec::new();
-    run(decoder, requests, batch, &mut |place, event| {
+    run(decoder, requests, batch, &mut |place, event| -> Result<bool> {
         events.resize_with(events.len().max(place + 1), Vec::new);
         events[place].push(event?);
         Ok(true)

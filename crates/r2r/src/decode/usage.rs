@@ -53,6 +53,15 @@ impl Usage {
         small + self.large_share() * large + router
     }
 
+    /// Both of them, for models of these sizes.
+    pub fn mean_parameters(&self, sizes: &Sizes) -> MeanParameters {
+        let Sizes { small, large, router } = *sizes;
+        MeanParameters {
+            exclusive: self.exclusive_parameters(small, large),
+            additive: self.additive_parameters(small, large, router),
+        }
+    }
+
     /// Both together.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
@@ -63,6 +72,26 @@ impl Usage {
             degraded_tokens: self.degraded_tokens + other.degraded_tokens,
         }
     }
+}
+
+/// Activated parameters, in billions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sizes {
+    /// Of the small model.
+    pub small: f64,
+    /// Of the large model.
+    pub large: f64,
+    /// Of the router; 0 without one.
+    pub router: f64,
+}
+
+/// Mean activated parameters a token, in billions, counted both ways.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct MeanParameters {
+    /// [`Usage::exclusive_parameters`]: the model that chose a token.
+    pub exclusive: f64,
+    /// [`Usage::additive_parameters`]: what ran.
+    pub additive: f64,
 }
 
 /// What the calls of a large model on a server have cost.

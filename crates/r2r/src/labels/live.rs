@@ -12,6 +12,7 @@ use tch::Kind;
 
 use super::judges::{Judge, Pair};
 use super::stops::StopTokens;
+use crate::decode::check_prompt;
 use crate::{Error, Result};
 
 /// How a path is followed.
@@ -85,20 +86,7 @@ pub fn follow(
     let vocab = small.dims().vocab.min(large.dims().vocab);
     let context = small.dims().context.min(large.dims().context);
     for (i, prompt) in prompts.iter().enumerate() {
-        if prompt.is_empty() {
-            return Err(Error::EmptyPrompt { seq: i as u64 });
-        }
-        if let Some(id) = prompt.iter().find(|&&id| i64::from(id) >= vocab) {
-            return Err(Error::Input(format!(
-                "prompt token {id} is outside the {vocab} ids that both models know"
-            )));
-        }
-        if prompt.len() >= context {
-            let what = "the smaller context of the two models";
-            return Err(
-                nics_core::Error::ContextOverflow { need: prompt.len() + 1, max: context, what }.into()
-            );
-        }
+        check_prompt(prompt, i as u64, vocab as usize, context)?;
     }
     let mut paths = vec![Vec::new(); prompts.len()];
     let mut live = Live { small, large, vocab, settings, caches: [DenseCache::new(), DenseCache::new()] };

@@ -134,11 +134,7 @@ impl<'m> PairEngine<'m> {
             prompt: job.prompt.to_vec(),
             max_new_tokens: job.max_new_tokens,
             eos: job.eos.clone(),
-            small: SmallSampling {
-                temperature: f64::from(sampling.temperature),
-                top_k: sampling.top_k,
-                top_p: f64::from(sampling.top_p),
-            },
+            small: SmallSampling::from(sampling),
             large: Sampling { logprobs: None, ..sampling.clone() },
             seed: sampling.seed,
             settings: Settings { seed: Some(sampling.seed), ..own.settings },
@@ -292,12 +288,11 @@ impl Engine for PairEngine<'_> {
 
 /// What the client is told of a token.
 fn own(event: &TokenEvent) -> Map<String, Value> {
-    let source = if event.source == Source::Small { "small" } else { "large" };
     // As short as it was computed: the next number of 64 bits has more digits than mean anything.
     let score = event.score.to_string().parse::<f64>().unwrap_or(f64::NAN);
     let mut own = Map::from_iter([
         ("id".to_owned(), event.token.into()),
-        ("source".to_owned(), source.into()),
+        ("source".to_owned(), event.source.name().into()),
         ("score".to_owned(), score.into()),
     ]);
     if event.degraded {

@@ -11,7 +11,7 @@ use nics_core::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::OwnFields;
-use crate::decode::Usage;
+use crate::decode::{Sizes, Usage};
 use crate::policy::PolicySpec;
 
 /// Tokens of the small model.
@@ -22,17 +22,6 @@ pub(super) const LARGE: &str = "llm_tokens";
 pub(super) const LARGE_READ: &str = "llm_tokens_read";
 /// Tokens of the small model that the large one was asked for and did not give.
 pub(super) const DEGRADED: &str = "degraded_tokens";
-
-/// Activated parameters, in billions, for the mean of a reply.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sizes {
-    /// Of the small model.
-    pub small: f64,
-    /// Of the large model.
-    pub large: f64,
-    /// Of the router; 0 without one.
-    pub router: f64,
-}
 
 /// Turns requests into token ids of the pair's one tokenizer.
 pub struct PairFrontend {
@@ -129,14 +118,8 @@ impl Frontend for PairFrontend {
             map.insert(name.to_owned(), count(name).into());
         }
         map.insert("llm_token_ratio".to_owned(), usage.large_share().into());
-        if let Some(&Sizes { small, large, router }) = self.sizes.get() {
-            map.insert(
-                "mean_parameters_billions".to_owned(),
-                json!({
-                    "exclusive": usage.exclusive_parameters(small, large),
-                    "additive": usage.additive_parameters(small, large, router),
-                }),
-            );
+        if let Some(sizes) = self.sizes.get() {
+            map.insert("mean_parameters_billions".to_owned(), json!(usage.mean_parameters(sizes)));
         }
         map
     }

@@ -20,7 +20,9 @@ mod frontend;
 
 pub use engine::{LargeMemory, PairEngine, PairSettings};
 pub use fields::OwnFields;
-pub use frontend::{PairFrontend, Sizes};
+pub use frontend::PairFrontend;
+
+pub use crate::decode::Sizes;
 
 use crate::Error;
 
