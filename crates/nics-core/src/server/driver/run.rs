@@ -76,16 +76,13 @@ impl Driver {
     }
 
     fn serve(&mut self, engine: &mut dyn Engine) {
-        let (stats, counters) = (engine.stats(), engine.counters());
-        for wrong in counters.iter().filter(|c| !metrics::fits(c)) {
+        for wrong in engine.counters().iter().filter(|c| !metrics::fits(c)) {
             tracing::error!(
                 name = wrong.name,
                 "a counter of the engine cannot be shown: its name or help is wrong"
             );
         }
-        let mut state = self.shared.lock();
-        (state.stats.engine, state.stats.counters) = (stats, counters);
-        drop(state);
+        self.note(engine, 0);
         self.shared.advance(&Phase::Ready);
         while self.wait() {
             self.cancel(engine);
@@ -93,18 +90,20 @@ impl Driver {
             if !self.running.is_empty() {
                 self.step(engine);
             }
-            let (stats, counters) = (engine.stats(), engine.counters());
-            let mut state = self.shared.lock();
-            (state.stats.engine, state.stats.counters) = (stats, counters);
-            state.stats.running = self.requests.len();
+            self.note(engine, self.requests.len());
         }
         for job in self.running.keys() {
             engine.cancel(*job);
         }
+        self.note(engine, 0);
+    }
+
+    /// Puts down what the engine counts, for whoever asks, beside how many requests run.
+    fn note(&self, engine: &dyn Engine, running: usize) {
         let (stats, counters) = (engine.stats(), engine.counters());
         let mut state = self.shared.lock();
         (state.stats.engine, state.stats.counters) = (stats, counters);
-        state.stats.running = 0;
+        state.stats.running = running;
     }
 
     /// Sleeps until there is something to do. `false` ends the loop.
