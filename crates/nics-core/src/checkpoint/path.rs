@@ -114,10 +114,7 @@ impl TensorPath {
                 return Err(CheckpointError::Transform { key, reason });
             }
         }
-        let bytes = tensor.numel() * kind.elt_size_in_bytes();
-        if self.device == Device::Cpu && bytes >= super::source::LARGE {
-            nics_kernels::memory::settle_in_huge_pages(tensor.data_ptr().cast_const().cast(), bytes);
-        }
+        crate::nn::memory::settle_in_huge_pages(&tensor);
         Ok(tensor)
     }
 

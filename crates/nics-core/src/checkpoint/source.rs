@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
 use super::files::WeightFiles;
+use crate::nn::memory::in_huge_pages;
 
 /// The origin of tensors, with the names that were asked for.
 pub(super) struct Source {
@@ -278,9 +279,6 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// Bytes of a tensor from which on huge pages are asked for: weights that decoding reads again and again.
-pub const LARGE: usize = 64 << 10;
-
 /// Copies `bytes`, values of `stored`, into a tensor of `kind` on `device`.
 fn tensor_of(
     bytes: &[u8],
@@ -297,18 +295,7 @@ fn tensor_of(
     // SAFETY: `bytes` holds `shape` elements of `stored` (checked with the header) and outlives the view, which is
     // dropped here; its values are copied, so that nothing refers to the mapping afterwards.
     let view = unsafe { Tensor::f_from_blob(bytes.as_ptr(), shape, &[], stored, Device::Cpu)? };
-    filled(&view, shape, kind, device)
-}
-
-/// A new tensor with the values of `from`, in huge pages where it is large and on the CPU.
-fn filled(from: &Tensor, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
-    let mut to = Tensor::f_empty(shape, (kind, device))?;
-    let bytes = to.numel() * kind.elt_size_in_bytes();
-    if device == Device::Cpu && bytes >= LARGE {
-        nics_kernels::memory::prefer_huge_pages(to.data_ptr().cast_const().cast(), bytes);
-    }
-    to.f_copy_(from)?;
-    Ok(to)
+    in_huge_pages(&view, kind, device)
 }
 
 /// The initialiser's tensor: ones for scales of norms, zeros for biases, otherwise normal with deviation `std`.
@@ -338,5 +325,5 @@ fn initial(
             z * std as f32
         })
         .collect();
-    filled(&Tensor::f_from_slice(&values)?.f_reshape(shape)?, shape, kind, device)
+    in_huge_pages(&Tensor::f_from_slice(&values)?.f_reshape(shape)?, kind, device)
 }

@@ -116,6 +116,16 @@ pub trait Model: Send {
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
 }
 
+/// How many parameters a model has, a tied head aside.
+pub fn parameters(model: &mut dyn Model) -> Result<usize> {
+    let mut parameters = 0;
+    model.visit_parameters(&mut |_, tensor| {
+        parameters += tensor.numel();
+        Ok(())
+    })?;
+    Ok(parameters)
+}
+
 /// Architectures that this crate reads, as `architectures[0]` of config.json names them.
 pub const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
 

@@ -51,6 +51,36 @@ pub fn floats(t: &Tensor) -> Option<&[f32]> {
     }
 }
 
+/// Bytes of a tensor from which on huge pages are asked for: weights that decoding reads again and again.
+const LARGE: usize = 64 << 10;
+
+/// Where the values of a large tensor on the CPU begin, and their bytes.
+fn large(t: &Tensor) -> Option<(*const u8, usize)> {
+    let bytes = t.numel() * t.kind().elt_size_in_bytes();
+    (t.device() == Device::Cpu && bytes >= LARGE).then(|| (t.data_ptr().cast_const().cast(), bytes))
+}
+
+/// A new tensor with the values of `from`, in huge pages where it is large and on the CPU; they are there for sure once it
+/// is [settled](settle_in_huge_pages).
+///
+/// # Errors
+/// libtorch's, e.g. for lack of memory.
+pub fn in_huge_pages(from: &Tensor, kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
+    let mut to = Tensor::f_empty(from.size(), (kind, device))?;
+    if let Some((at, bytes)) = large(&to) {
+        nics_kernels::memory::prefer_huge_pages(at, bytes);
+    }
+    to.f_copy_(from)?;
+    Ok(to)
+}
+
+/// Moves what a large tensor on the CPU still has in small pages into huge ones.
+pub fn settle_in_huge_pages(t: &Tensor) {
+    if let Some((at, bytes)) = large(t) {
+        nics_kernels::memory::settle_in_huge_pages(at, bytes);
+    }
+}
+
 fn readable(t: &Tensor) -> bool {
     t.device() == Device::Cpu && t.is_contiguous() && !t.requires_grad()
 }

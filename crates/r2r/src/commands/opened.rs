@@ -9,7 +9,7 @@ use nics_core::checkpoint::Checkpoint;
 use nics_core::cli::{DeviceArgs, SamplingArgs};
 use nics_core::models::{self, Decoder as Model, Model as _, ModelDims};
 use nics_core::sampling::Sampling;
-use nics_core::tch::{Device, Kind as Dtype, Tensor, no_grad_guard};
+use nics_core::tch::Device;
 use nics_core::template::{ChatTemplate, Message, RenderOptions};
 use nics_core::tokenizer::Tokenizer;
 use r2r::checkpoint::{Official, load, tokenizer_hash};
@@ -267,11 +267,7 @@ impl Opened {
 fn load_model(args: &PairArgs, checkpoint: &Checkpoint, device: Device) -> Result<(Model, f64)> {
     let dtype = args.run_on.dtype.resolve(models::stored_kind(checkpoint));
     let mut model = models::load(checkpoint, device, dtype)?;
-    let mut count = 0;
-    model.visit_parameters(&mut |_, tensor| {
-        count += tensor.numel();
-        Ok(())
-    })?;
+    let count = models::parameters(&mut model)?;
     Ok((model, count as f64 / 1e9))
 }
 
@@ -302,16 +298,14 @@ fn open_router(
     tokenizer: &Tokenizer,
 ) -> Result<(SharedRouter, f64)> {
     let dims = small.dims();
-    let _guard = no_grad_guard();
-    let ids = Tensor::f_arange(dims.vocab, (Dtype::Int64, dims.device))?;
-    let embedding = small.embed(&ids)?;
+    let embedding = Some(&small.embed_tokens);
     let (router, threshold) = if path.is_dir() {
-        let (router, card) = load(path, Some(&embedding), Storage::Bf16, dims.device)?;
+        let (router, card) = load(path, embedding, Storage::Bf16, dims.device)?;
         card.check_tokenizer(checkpoint.name(), tokenizer)?;
         (router, card.common_args.threshold)
     } else {
         let official = Official::open(path)?;
-        (official.router(Some(&embedding), Storage::Bf16, dims.device)?, official.common.threshold)
+        (official.router(embedding, Storage::Bf16, dims.device)?, official.common.threshold)
     };
     // Now, not at the first token.
     let config = router.config();

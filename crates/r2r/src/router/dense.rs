@@ -4,7 +4,7 @@
 //! norms are in float32 whatever the storage.
 
 use nics_core::checkpoint::TensorPath;
-use nics_core::nn::memory::{values, values_mut};
+use nics_core::nn::memory::{self, values, values_mut};
 use nics_kernels::gemv::{MAX_ROWS, Product, gemv};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -48,10 +48,10 @@ impl Dense {
         let bias = at.tensor("bias", &[output])?;
         let weight = match storage {
             Storage::F32 => Weight::Plain(weight),
-            Storage::Bf16 => Weight::Plain(in_huge_pages(weight.f_to_kind(Kind::BFloat16)?)?),
+            Storage::Bf16 => Weight::Plain(in_huge_pages(&weight, Kind::BFloat16)?),
             Storage::Int8 => {
                 let (values, scale) = int8::quantize(&weight)?;
-                Weight::Int8 { values: in_huge_pages(values)?, scale }
+                Weight::Int8 { values: in_huge_pages(&values, Kind::Int8)?, scale }
             }
         };
         Ok(Self { weight, bias })
@@ -113,17 +113,10 @@ impl Dense {
     }
 }
 
-/// A copy in huge pages where that pays: weights are read in every step.
-fn in_huge_pages(weight: Tensor) -> Result<Tensor> {
-    const LARGE: usize = 256 << 10;
-    let bytes = weight.numel() * weight.kind().elt_size_in_bytes();
-    if weight.device() != Device::Cpu || bytes < LARGE {
-        return Ok(weight);
-    }
-    let mut own = weight.f_new_empty(weight.size(), (weight.kind(), weight.device()))?;
-    nics_kernels::memory::prefer_huge_pages(own.data_ptr().cast_const().cast(), bytes);
-    own.f_copy_(&weight)?;
-    nics_kernels::memory::settle_in_huge_pages(own.data_ptr().cast_const().cast(), bytes);
+/// A copy in huge pages: weights are read in every step.
+fn in_huge_pages(weight: &Tensor, kind: Kind) -> Result<Tensor> {
+    let own = memory::in_huge_pages(weight, kind, weight.device())?;
+    memory::settle_in_huge_pages(&own);
     Ok(own)
 }
 

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use nics_core::checkpoint::Checkpoint;
-use nics_core::models::{self, Decoder, Model};
+use nics_core::models::{self, Decoder};
 use nics_core::tokenizer::Tokenizer;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 use crate::checkpoint::tokenizer_hash;
 use crate::nano::{RingTask, Role};
@@ -25,8 +25,6 @@ pub struct Models {
     pub parameters: [usize; 3],
     /// The tokenizer of all three.
     pub tokenizer: Tokenizer,
-    /// The small model's embedding table, `[vocab, hidden]`.
-    pub embedding: Tensor,
 }
 
 impl Models {
@@ -40,11 +38,7 @@ impl Models {
             let checkpoint = Checkpoint::open_dir(&dir.join(role.name()))?;
             let tokenizer = Tokenizer::from_checkpoint(&checkpoint).map_err(nics_core::Error::from)?;
             let mut decoder = models::load(&checkpoint, device, Kind::Float)?;
-            let mut parameters = 0;
-            decoder.visit_parameters(&mut |_, tensor| {
-                parameters += tensor.numel();
-                Ok(())
-            })?;
+            let parameters = models::parameters(&mut decoder)?;
             loaded.push((role, decoder, parameters, tokenizer));
         }
         let hash = tokenizer_hash(&loaded[0].3);
@@ -62,9 +56,6 @@ impl Models {
         else {
             return Err(Error::Input("a pair has three models".into()));
         };
-        let _guard = tch::no_grad_guard();
-        let ids = Tensor::f_arange(small.dims().vocab, (Kind::Int64, device))?;
-        let embedding = small.embed(&ids)?;
-        Ok(Self { small, middle, large, task, parameters, tokenizer, embedding })
+        Ok(Self { small, middle, large, task, parameters, tokenizer })
     }
 }

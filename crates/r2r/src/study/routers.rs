@@ -74,7 +74,7 @@ impl Kind {
     /// # Errors
     /// A folder that does not load, a router of another kind or tokenizer.
     pub fn load(self, dir: &Path, models: &Models) -> Result<(Router, Card)> {
-        let (router, card) = load(dir, Some(&models.embedding), Storage::F32, Device::Cpu)?;
+        let (router, card) = load(dir, Some(&models.small.embed_tokens), Storage::F32, Device::Cpu)?;
         let (found, expected) = (router.config().architecture, self.architecture());
         if found != expected {
             let expected = format!("{} for {}", expected.name(), self.word());
@@ -99,7 +99,7 @@ impl Measures {
     /// Labels with fewer logits than the vocabulary has, which leave the entropy unknown.
     pub fn of(labels: &LabelSet, models: &Models) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        let (vocab, hidden) = models.embedding.size2()?;
+        let (vocab, hidden) = models.small.embed_tokens.size2()?;
         let args =
             InitArgs { hidden_states_size: Some(hidden), logits_size: Some(vocab), ..InitArgs::default() };
         let config = RouterConfig { architecture: Architecture::HiddenTokenLogits, args };
