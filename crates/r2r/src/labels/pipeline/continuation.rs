@@ -102,9 +102,23 @@ pub struct Continued {
     pub reference: Vec<i64>,
 }
 
-/// Documents whose prefixes are read together.
-struct Group<'d> {
-    documents: Vec<(&'d ReadDocument, Vec<Mismatch>)>,
+/// Documents whose prefixes are read together, each with its mismatches.
+type Group<'d> = Vec<(&'d ReadDocument, Vec<Mismatch>)>;
+
+/// One run through the mismatches, from the first on.
+struct Pass<'a> {
+    large: &'a Party<'a>,
+    settings: &'a ContinueSettings,
+    stops: StopTokens,
+    eos: i64,
+    budget: Budget,
+    log: Log,
+    /// Mismatches so far.
+    seen: usize,
+    /// Lines that were there: units that are there whole are passed over.
+    there: usize,
+    /// Whether what a killed run left of a unit has been cut off.
+    cut: bool,
 }
 
 /// Finds the mismatches of every document, lets the large model go on from each, and writes `mismatch.jsonl`: a line a
@@ -128,16 +142,16 @@ pub fn continue_mismatches(
     if work.begin(Step::Continue, identity)? {
         return Ok(work.done(Step::Continue).map_or(0, |d| d.records));
     }
-    let mut log = Log::open(&work.file(Step::Continue))?;
-    // Lines that are there. Groups are formed again from the start, and those that are there whole are passed over.
+    let log = Log::open(&work.file(Step::Continue))?;
     let there = log.lines();
+    let mut pass = Pass { large, settings, stops, eos, budget, log, seen: 0, there, cut: false };
     let all = work.done(Step::Prefill).map_or(0, |d| d.records as usize);
-    let (mut seen, mut rows, mut cut) = (0, 0, false);
+    let mut rows = 0;
     let dims = large.model.dims();
     let kept = budget.kept_tokens(dims)?;
     each_file(work, &mut |_, _, documents| {
         let limit = settings.max_tokens.min(dims.context);
-        let mut group = Group { documents: Vec::new() };
+        let mut group = Group::new();
         let (mut tokens, mut wanted) = (0, 0);
         for document in &documents {
             let found =
@@ -153,23 +167,21 @@ pub fn continue_mismatches(
                     document.doc, dims.vocab
                 )));
             }
-            if !group.documents.is_empty() && (tokens + document.ids.len() > kept || wanted >= settings.group)
-            {
-                group.write(
-                    large, settings, &stops, eos, budget, &mut log, &mut seen, there, &mut cut, watch,
-                )?;
-                group.documents.clear();
+            if !group.is_empty() && (tokens + document.ids.len() > kept || wanted >= settings.group) {
+                pass.write(&group, watch)?;
+                group.clear();
                 (tokens, wanted) = (0, 0);
                 watch.at(Step::Continue, rows - document.ids.len(), all);
             }
             tokens += document.ids.len();
             wanted += found.len();
-            group.documents.push((document, found));
+            group.push((document, found));
         }
-        group.write(large, settings, &stops, eos, budget, &mut log, &mut seen, there, &mut cut, watch)?;
+        pass.write(&group, watch)?;
         watch.at(Step::Continue, rows, all);
         Ok(())
     })?;
+    let Pass { log, seen, .. } = pass;
     if log.lines() != seen {
         let reason = format!("it has {} lines, the features have {seen} mismatches", log.lines());
         return Err(super::LabelError::Inconsistent { path: work.file(Step::Continue), reason }.into());
@@ -179,54 +191,38 @@ pub fn continue_mismatches(
     Ok(log.lines() as u64)
 }
 
-impl Group<'_> {
-    /// Writes the group's lines, unit by unit. `seen` counts mismatches from the start, `there` how many have lines.
-    #[allow(clippy::too_many_arguments)]
-    fn write(
-        &self,
-        large: &Party,
-        settings: &ContinueSettings,
-        stops: &StopTokens,
-        eos: i64,
-        budget: Budget,
-        log: &mut Log,
-        seen: &mut usize,
-        there: usize,
-        cut: &mut bool,
-        watch: &mut Watch,
-    ) -> Result<()> {
+impl Pass<'_> {
+    /// Writes a group's lines, unit by unit.
+    fn write(&mut self, group: &Group, watch: &mut Watch) -> Result<()> {
+        let (large, settings) = (self.large, self.settings);
         let dims = large.model.dims();
-        let list: Vec<(usize, Mismatch)> = self
-            .documents
-            .iter()
-            .enumerate()
-            .flat_map(|(d, (_, found))| found.iter().map(move |m| (d, *m)))
-            .collect();
+        let list: Vec<(usize, Mismatch)> =
+            group.iter().enumerate().flat_map(|(d, (_, found))| found.iter().map(move |m| (d, *m))).collect();
         let mut cache = DenseCache::new();
-        let mut read_into: Vec<Option<SeqId>> = vec![None; self.documents.len()];
-        let longest = self.documents.iter().map(|(d, _)| d.ids.len()).max().unwrap_or(0);
-        let kept: usize = self.documents.iter().map(|(d, _)| d.ids.len()).sum();
+        let mut read_into: Vec<Option<SeqId>> = vec![None; group.len()];
+        let longest = group.iter().map(|(d, _)| d.ids.len()).max().unwrap_or(0);
+        let kept: usize = group.iter().map(|(d, _)| d.ids.len()).sum();
         let most = (longest + settings.max_new_tokens).min(dims.context);
         for (number, unit) in list.chunks(settings.group).enumerate() {
             watch.check()?;
-            let first = *seen;
-            *seen += unit.len();
-            if *seen <= there {
+            let first = self.seen;
+            self.seen += unit.len();
+            if self.seen <= self.there {
                 continue;
             }
-            if !*cut {
+            if !self.cut {
                 // What a killed run wrote of this unit is written again.
-                log.keep(first)?;
-                *cut = true;
+                self.log.keep(first)?;
+                self.cut = true;
             }
-            let batch = budget.sequences(dims, settings.batch, most, kept)?;
+            let batch = self.budget.sequences(dims, settings.batch, most, kept)?;
             let ids = |d: usize, n: usize| -> Vec<u32> {
-                self.documents[d].0.ids[..n].iter().map(|&id| id as u32).collect()
+                group[d].0.ids[..n].iter().map(|&id| id as u32).collect()
             };
             let mut wanted = Vec::new();
             for (d, mismatch) in unit {
                 if read_into[*d].is_none() {
-                    let last = self.documents[*d].1.last().map_or(0, |m| m.context);
+                    let last = group[*d].1.last().map_or(0, |m| m.context);
                     read_into[*d] = Some(read(large.model, &mut cache, &ids(*d, last))?);
                 }
                 let mut prompt = ids(*d, mismatch.context);
@@ -239,7 +235,7 @@ impl Group<'_> {
                 watch.check()?;
                 let (tokens, ends) = &mut written[place];
                 tokens.push(i64::from(token));
-                *ends += usize::from(stops.contains(i64::from(token)));
+                *ends += usize::from(self.stops.contains(i64::from(token)));
                 // The end token that the reference implementation forces here is no part of the sentence.
                 Ok(*ends < sentences)
             })?;
@@ -250,14 +246,14 @@ impl Group<'_> {
                     if continuation.last().is_some_and(|&t| large.eos.contains(&(t as u32))) {
                         continuation.pop();
                     }
-                    let document = self.documents[*d].0;
+                    let document = group[*d].0;
                     let reference = reference_continuation(
                         &document.ids,
                         m.position,
                         settings.max_new_tokens,
                         Some(sentences),
-                        stops,
-                        eos,
+                        &self.stops,
+                        self.eos,
                     );
                     Continued {
                         doc: document.doc,
@@ -270,7 +266,7 @@ impl Group<'_> {
                     }
                 })
                 .collect();
-            log.append(&lines)?;
+            self.log.append(&lines)?;
             // Sequences that no later unit needs.
             if let Some(&(next, _)) = list.get((number + 1) * settings.group) {
                 for seq in read_into[..next].iter_mut().filter_map(Option::take) {
