@@ -27,7 +27,7 @@
 use std::any::Any;
 use std::io::{self, IsTerminal};
 use std::panic::{self, AssertUnwindSafe};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -86,6 +86,18 @@ impl ShardArg {
 /// line, where other users of the machine see them.
 pub fn env_key(variable: &str) -> Option<String> {
     std::env::var(variable).ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())
+}
+
+/// The folder of a training run's state: what is `given`, else `out` with `.training` behind its name.
+pub fn training_state(given: Option<&Path>, out: &Path) -> PathBuf {
+    given.map_or_else(
+        || {
+            let mut name = out.as_os_str().to_owned();
+            name.push(".training");
+            name.into()
+        },
+        Path::to_owned,
+    )
 }
 
 /// A whole number from 1 on, for flags that count something.

@@ -7,7 +7,7 @@ use clap::Args;
 use megrez::train::{Recipe, train};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
-use nics_core::cli::DeviceArgs;
+use nics_core::cli::{DeviceArgs, training_state};
 
 /// Trains a model as a recipe (TOML) says, from scratch or from a checkpoint.
 ///
@@ -33,11 +33,7 @@ impl Train {
         let recipe = Recipe::read(&self.recipe)?;
         self.run_on.set_threads()?;
         let device = self.run_on.device.open()?;
-        let state = self.state.clone().unwrap_or_else(|| {
-            let mut name = self.out.clone().into_os_string();
-            name.push(".training");
-            name.into()
-        });
+        let state = training_state(self.state.as_deref(), &self.out);
         let interrupt = Interrupt::install()?;
         let bar = if quiet { Progress::hidden() } else { Progress::new(recipe.train.steps, "steps") };
         let mut started = false;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use nics_base::exit::Usage;
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
@@ -19,13 +19,7 @@ use r2r::checkpoint::{Official, load};
 use r2r::router::{Router, RouterConfig, Storage};
 use serde_json::json;
 
-/// How a router is kept.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Stored {
-    F32,
-    Bf16,
-    Int8,
-}
+use super::router::StorageArg;
 
 /// Measures what each part of a token costs, predicts the speed-up over the large model alone, and runs the loop.
 ///
@@ -50,7 +44,7 @@ pub struct Bench {
     router: Option<PathBuf>,
     /// How the router is kept
     #[arg(long, value_enum, default_value = "int8")]
-    storage: Stored,
+    storage: StorageArg,
     /// Tokens of the prompt
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     context: usize,
@@ -148,11 +142,7 @@ impl Bench {
         let device = self.run_on.device.open()?;
         let (small, small_name) = self.model(&self.small, device, self.seed.seed)?;
         let (large, large_name) = self.model(&self.large, device, self.seed.seed.wrapping_add(1))?;
-        let storage = match self.storage {
-            Stored::F32 => Storage::F32,
-            Stored::Bf16 => Storage::Bf16,
-            Stored::Int8 => Storage::Int8,
-        };
+        let storage = Storage::from(self.storage);
         let embedding = Some(&small.embed_tokens);
         let router = match &self.router {
             None => {

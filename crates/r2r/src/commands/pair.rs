@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
-use nics_core::cli::DeviceArgs;
+use nics_core::cli::{DeviceArgs, training_state};
 use r2r::nano::{Recipe, Role, train};
 
 /// Makes nano pairs: small and large models of one vocabulary on a task of this project's own.
@@ -53,11 +53,7 @@ impl Train {
         let recipe = Recipe::read(&self.recipe)?;
         self.run_on.set_threads()?;
         let device = self.run_on.device.open()?;
-        let state = self.state.clone().unwrap_or_else(|| {
-            let mut name = self.out.clone().into_os_string();
-            name.push(".training");
-            name.into()
-        });
+        let state = training_state(self.state.as_deref(), &self.out);
         let interrupt = Interrupt::install()?;
         let mut bar: Option<((u64, Role), Progress)> = None;
         train(&recipe, &state, &self.out, device, &interrupt, &mut |seed, role, p| {

@@ -41,15 +41,25 @@ struct Inspect {
     json: JsonArg,
 }
 
-/// How matrices are kept in a file.
+/// How a router's matrices are kept.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum StorageArg {
+pub enum StorageArg {
     /// float32, as trained
     F32,
     /// bfloat16: half the bytes
     Bf16,
     /// 8-bit integers with a scale for each output: a quarter of the bytes
     Int8,
+}
+
+impl From<StorageArg> for Storage {
+    fn from(storage: StorageArg) -> Self {
+        match storage {
+            StorageArg::F32 => Self::F32,
+            StorageArg::Bf16 => Self::Bf16,
+            StorageArg::Int8 => Self::Int8,
+        }
+    }
 }
 
 /// Converts an official .pt file into a folder of ours, a folder into another storage, or a folder into an official file
@@ -194,11 +204,7 @@ impl Convert {
             }
             export(&self.out, &router, &card)?;
         } else {
-            card.storage = match self.storage {
-                StorageArg::F32 => Storage::F32,
-                StorageArg::Bf16 => Storage::Bf16,
-                StorageArg::Int8 => Storage::Int8,
-            };
+            card.storage = self.storage.into();
             save(&self.out, &router, &card)?;
         }
         eprintln!("{}", self.out.display());

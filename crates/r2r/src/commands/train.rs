@@ -8,7 +8,7 @@ use nics_base::interrupt::Interrupt;
 use nics_base::jsonl;
 use nics_base::progress::Progress;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::DeviceArgs;
+use nics_core::cli::{DeviceArgs, training_state};
 use nics_core::models;
 use nics_core::tch::{Device, Tensor};
 use r2r::checkpoint::{Card, CommonArgs, LabelStatistics, save};
@@ -139,11 +139,7 @@ impl Train {
             let set = LabelSet::open(&self.validation)?;
             set.read(&config, column, Documents::All).context("the validation labels")?
         };
-        let state = self.state.clone().unwrap_or_else(|| {
-            let mut name = self.out.clone().into_os_string();
-            name.push(".training");
-            name.into()
-        });
+        let state = training_state(self.state.as_deref(), &self.out);
         std::fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
         let mut router =
             Router::random(config.clone(), embedding.as_ref(), None, recipe.training.seed, device)?;
