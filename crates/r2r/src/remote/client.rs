@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use ureq::Agent;
 use ureq::http::Response;
+use ureq::{Agent, RequestBuilder};
 
 use super::fault::Fault;
 use super::settings::RemoteSettings;
@@ -42,21 +42,42 @@ impl Client {
     }
 
     pub fn get(&self, path: &str) -> Result<Reply, Fault> {
-        let request = self.agent.get(format!("{}{path}", self.url));
-        let request = match &self.key {
-            Some(key) => request.header("Authorization", format!("Bearer {key}")),
-            None => request,
-        };
-        read(request.call())
+        read(self.with_key(self.agent.get(format!("{}{path}", self.url))).call())
     }
 
     pub fn post(&self, path: &str, body: &str) -> Result<Reply, Fault> {
-        let request = self.agent.post(format!("{}{path}", self.url));
-        let request = match &self.key {
+        let request = self.with_key(self.agent.post(format!("{}{path}", self.url)));
+        read(request.content_type("application/json").send(body))
+    }
+
+    fn with_key<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match &self.key {
             Some(key) => request.header("Authorization", format!("Bearer {key}")),
             None => request,
-        };
-        read(request.content_type("application/json").send(body))
+        }
+    }
+}
+
+/// Makes a call again where that may help; the last fault, and how many calls there were. `wait` waits for so long before
+/// the next one; where it is false there is none.
+pub(crate) fn patiently<T>(
+    settings: &RemoteSettings,
+    wait: impl Fn(Duration) -> bool,
+    call: impl Fn() -> Result<T, Fault>,
+) -> Result<T, (Fault, usize)> {
+    let mut calls = 0;
+    loop {
+        calls += 1;
+        match call() {
+            Ok(value) => return Ok(value),
+            Err(fault) if fault.may_pass() && calls <= settings.retries => {
+                tracing::info!(?fault, calls, "a call failed and is made again");
+                if !wait(settings.pause(calls - 1, fault.retry_after())) {
+                    return Err((fault, calls));
+                }
+            }
+            Err(fault) => return Err((fault, calls)),
+        }
     }
 }
 

@@ -3,69 +3,46 @@
 use std::sync::atomic::Ordering;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::fault::Fault;
-use super::protocol::{Ask, Chosen, Given, Protocol, in_order, only_id};
+use super::protocol::{Ask, Choosing, Chosen, Given, Protocol, in_order, only_id};
 use super::spec::Engine;
 
-/// Every parameter, since those left out are taken from the model's own generation settings.
 #[derive(Serialize)]
-#[allow(clippy::struct_excessive_bools)] // The protocol has them.
 struct Body<'a> {
     model: &'a str,
     prompt: Vec<&'a [u32]>,
     max_tokens: usize,
     n: usize,
-    temperature: f32,
-    top_p: f32,
-    /// -1 for all: 0 is not every version's word for it.
-    top_k: i64,
-    min_p: f32,
-    repetition_penalty: f32,
-    presence_penalty: f32,
-    frequency_penalty: f32,
+    #[serde(flatten)]
+    choosing: Choosing,
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
-    /// So that an end token comes back as any other.
-    ignore_eos: bool,
-    skip_special_tokens: bool,
     return_token_ids: bool,
     stream: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     logprobs: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     return_tokens_as_token_ids: Option<bool>,
-    #[serde(skip_serializing_if = "Map::is_empty")]
-    logit_bias: Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cache_salt: Option<&'a str>,
 }
 
 pub(super) fn body(protocol: &Protocol, asks: &[&Ask]) -> String {
     let Some(first) = asks.first() else { return "{}".into() };
-    let sampling = &first.sampling;
     let by_logprobs = protocol.engine == Engine::Vllm && protocol.ids_by_logprobs.load(Ordering::Relaxed);
     let body = Body {
         model: &protocol.model,
         prompt: asks.iter().map(|ask| ask.ids.as_slice()).collect(),
         max_tokens: 1,
         n: 1,
-        temperature: sampling.temperature,
-        top_p: sampling.top_p,
-        top_k: if sampling.top_k == 0 { -1 } else { sampling.top_k as i64 },
-        min_p: sampling.min_p,
-        repetition_penalty: sampling.repetition_penalty,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: first.is_drawn().then_some(sampling.seed),
-        ignore_eos: true,
-        skip_special_tokens: false,
+        choosing: Choosing::from(*first),
+        seed: first.is_drawn().then_some(first.sampling.seed),
         return_token_ids: true,
         stream: false,
         logprobs: by_logprobs.then_some(1),
         return_tokens_as_token_ids: by_logprobs.then_some(true),
-        logit_bias: first.banned.iter().map(|id| (id.to_string(), (-100).into())).collect(),
         cache_salt: protocol.cache_salt.as_deref(),
     };
     serde_json::to_string(&body).unwrap_or_default()

@@ -6,7 +6,7 @@ use nics_core::sampling::Sampling;
 use nics_core::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::{self, Client};
 use super::fault::Fault;
 use super::protocol::{Ask, Protocol};
 use super::settings::RemoteSettings;
@@ -137,17 +137,11 @@ pub(super) fn try_out(
     }
 }
 
-/// Makes a call again where that may help; the last fault, and how many calls there were.
+/// [`client::patiently`], asleep between calls.
 fn patiently<T>(settings: &RemoteSettings, call: impl Fn() -> Result<T, Fault>) -> Result<T, (Fault, usize)> {
-    let mut calls = 0;
-    loop {
-        calls += 1;
-        match call() {
-            Ok(value) => return Ok(value),
-            Err(fault) if fault.may_pass() && calls <= settings.retries => {
-                thread::sleep(settings.pause(calls - 1, fault.retry_after()));
-            }
-            Err(fault) => return Err((fault, calls)),
-        }
-    }
+    let asleep = |time| {
+        thread::sleep(time);
+        true
+    };
+    client::patiently(settings, asleep, call)
 }

@@ -3,7 +3,8 @@
 use std::sync::atomic::AtomicBool;
 
 use nics_core::sampling::Sampling;
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::fault::Fault;
 use super::spec::Engine;
@@ -24,6 +25,43 @@ impl Ask {
     /// Whether the token is drawn, so that the seed matters.
     pub fn is_drawn(&self) -> bool {
         self.sampling.temperature > 0.0
+    }
+}
+
+/// How a token is chosen, in the words that both protocols share: every parameter, since those left out are taken from the
+/// model's own generation settings.
+#[derive(Serialize)]
+pub(super) struct Choosing {
+    temperature: f32,
+    top_p: f32,
+    /// -1 for all: 0 is not every version's word for it.
+    top_k: i64,
+    min_p: f32,
+    repetition_penalty: f32,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    /// So that an end token comes back as any other.
+    ignore_eos: bool,
+    skip_special_tokens: bool,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    logit_bias: Map<String, Value>,
+}
+
+impl From<&Ask> for Choosing {
+    fn from(ask: &Ask) -> Self {
+        let sampling = &ask.sampling;
+        Self {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: if sampling.top_k == 0 { -1 } else { sampling.top_k as i64 },
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            ignore_eos: true,
+            skip_special_tokens: false,
+            logit_bias: ask.banned.iter().map(|id| (id.to_string(), (-100).into())).collect(),
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! SGLang's `/generate` with token ids.
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::fault::Fault;
-use super::protocol::{Ask, Chosen, Given, in_order, only_id};
+use super::protocol::{Ask, Choosing, Chosen, Given, in_order, only_id};
 
 #[derive(Serialize)]
 struct Body<'a> {
@@ -13,45 +13,21 @@ struct Body<'a> {
     stream: bool,
 }
 
-/// Every parameter, since those left out are taken from the model's own generation settings.
 #[derive(Serialize)]
 struct Parameters {
     max_new_tokens: usize,
-    temperature: f32,
-    top_p: f32,
-    /// -1 for all.
-    top_k: i64,
-    min_p: f32,
-    repetition_penalty: f32,
-    presence_penalty: f32,
-    frequency_penalty: f32,
-    /// So that an end token comes back as any other.
-    ignore_eos: bool,
-    skip_special_tokens: bool,
+    #[serde(flatten)]
+    choosing: Choosing,
     /// Heeded by servers that run with `--enable-deterministic-inference`.
     #[serde(skip_serializing_if = "Option::is_none")]
     sampling_seed: Option<u64>,
-    #[serde(skip_serializing_if = "Map::is_empty")]
-    logit_bias: Map<String, Value>,
 }
 
 pub(super) fn body(asks: &[&Ask]) -> String {
-    let parameters = |ask: &&Ask| {
-        let sampling = &ask.sampling;
-        Parameters {
-            max_new_tokens: 1,
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: if sampling.top_k == 0 { -1 } else { sampling.top_k as i64 },
-            min_p: sampling.min_p,
-            repetition_penalty: sampling.repetition_penalty,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            ignore_eos: true,
-            skip_special_tokens: false,
-            sampling_seed: ask.is_drawn().then_some(sampling.seed),
-            logit_bias: ask.banned.iter().map(|id| (id.to_string(), (-100).into())).collect(),
-        }
+    let parameters = |ask: &&Ask| Parameters {
+        max_new_tokens: 1,
+        choosing: Choosing::from(*ask),
+        sampling_seed: ask.is_drawn().then_some(ask.sampling.seed),
     };
     let body = Body {
         input_ids: asks.iter().map(|ask| ask.ids.as_slice()).collect(),

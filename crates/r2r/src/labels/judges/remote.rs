@@ -3,13 +3,13 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nics_base::interrupt::Interrupt;
 use serde_json::{Value, json};
 
 use super::text::{Chat, Question};
-use crate::remote::client::Client;
+use crate::remote::client::{Client, patiently};
 use crate::remote::{Fault, RemoteSettings};
 use crate::{Error, Result};
 
@@ -128,26 +128,23 @@ impl RemoteChat {
 
     /// Calls until it succeeds, cannot succeed, or has been tried often enough.
     fn patiently<T>(&self, call: impl Fn() -> Result<T, Fault>) -> Result<T> {
-        let mut calls = 0;
-        loop {
-            self.settings.interrupt.check()?;
-            calls += 1;
-            let fault = match call() {
-                Ok(result) => return Ok(result),
-                Err(fault) => fault,
-            };
-            if !fault.may_pass() || calls > self.settings.retries {
-                return Err(fault.error(&self.client.url, calls, self.settings.timeout));
+        let interrupt = &self.settings.interrupt;
+        interrupt.check()?;
+        let attentive = |time: Duration| {
+            let until = Instant::now() + time;
+            while !interrupt.requested() {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return true;
+                }
+                thread::sleep(left.min(Duration::from_millis(50)));
             }
-            tracing::info!(?fault, calls, "a call of the judge failed and is made again");
-            let mut left = self.pauses.pause(calls - 1, fault.retry_after());
-            while !left.is_zero() {
-                self.settings.interrupt.check()?;
-                let slice = left.min(Duration::from_millis(50));
-                thread::sleep(slice);
-                left -= slice;
-            }
-        }
+            false
+        };
+        patiently(&self.pauses, attentive, call).or_else(|(fault, calls)| {
+            interrupt.check()?;
+            Err(fault.error(&self.client.url, calls, self.settings.timeout))
+        })
     }
 }
 
