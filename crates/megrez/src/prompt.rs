@@ -16,12 +16,6 @@ pub const ROLE_END: &str = "<|role_end|>";
 /// Ends a turn.
 pub const TURN_END: &str = "<|turn_end|>";
 
-/// A short hash of a prompt's tokens: by it a later run knows that an answer is to the same prompt.
-pub fn prompt_hash(ids: &[u32]) -> String {
-    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-    nics_base::hash::bytes(bytes)[..16].to_owned()
-}
-
 /// A piece of a turn's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {

@@ -14,6 +14,12 @@ pub fn bytes(bytes: impl AsRef<[u8]>) -> String {
     blake3::hash(bytes.as_ref()).to_hex().to_string()
 }
 
+/// A short hash of token ids: by it a later run knows that something was made from the same tokens.
+pub fn tokens(ids: &[u32]) -> String {
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    bytes(ids)[..16].to_owned()
+}
+
 /// Hash of a file's contents, read as a stream.
 pub fn file(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();

@@ -24,6 +24,8 @@
 //! }
 //! ```
 
+mod prompts;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -34,6 +36,7 @@ use crate::sampling::Sampling;
 use crate::{Error, Result};
 
 pub use nics_base::cli::*;
+pub use prompts::{Given, PromptArgs, PromptLine};
 
 /// `--model`, `--device`, `--dtype`, `--threads`.
 #[derive(Debug, Clone, Args)]

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 pub use local::{Run, measure};
 pub use remote::{ClientRun, Target, measure_server};
-pub use shapes::{PRESETS, random_decoder, shape};
+pub use shapes::{PRESETS, shape};
 
 /// What is measured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

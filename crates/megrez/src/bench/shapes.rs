@@ -1,10 +1,9 @@
 //! Models of real shapes with random weights, where no checkpoint is at hand: speed does not depend on the values.
 
-use nics_core::checkpoint::TensorPath;
-use nics_core::models::{self, Decoder, DecoderConfig};
+use nics_core::models::{self, DecoderConfig};
 use nics_core::{Error, Result};
 use serde_json::{Map, Value};
-use tch::{Device, Kind};
+use tch::Kind;
 
 /// Shapes that are known by name: the fields of the published config.json.
 pub const PRESETS: [(&str, &str); 2] = [
@@ -51,24 +50,12 @@ pub fn shape(source: &str) -> Result<(DecoderConfig, Kind)> {
     let read = || {
         let json: Map<String, Value> =
             serde_json::from_str(&text).map_err(|e| Error::Config(e.to_string()))?;
-        let dtype = json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str);
-        let kind = match dtype {
-            Some("bfloat16") => Kind::BFloat16,
-            Some("float16") => Kind::Half,
-            _ => Kind::Float,
-        };
-        Ok((models::config(&json)?, kind))
+        Ok((models::config(&json)?, models::named_kind(&json)))
     };
     read().map_err(|e: Error| match file {
         Some(path) => e.in_file(path),
         None => e,
     })
-}
-
-/// A decoder of this configuration with weights drawn from `seed`.
-pub fn random_decoder(config: DecoderConfig, device: Device, kind: Kind, seed: u64) -> Result<Decoder> {
-    // Small weights keep hidden states finite in every dtype, whatever the depth.
-    models::load_at(config, &TensorPath::random(seed, 0.02, device, kind))
 }
 
 #[cfg(test)]

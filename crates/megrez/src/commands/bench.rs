@@ -6,15 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::{ArgGroup, Args};
 use megrez::Megrez;
-use megrez::bench::{
-    ClientRun, Protocol, Run, Spread, Target, measure, measure_server, random_decoder, shape,
-};
+use megrez::bench::{ClientRun, Protocol, Run, Spread, Target, measure, measure_server, shape};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
 use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg, env_key};
 use nics_core::device::{device_name, dtype_name};
-use nics_core::models::{Decoder, Model};
+use nics_core::models::{self, Decoder, Model};
 use nics_core::seam::{KvCache, LayerHook};
 use serde_json::json;
 
@@ -278,7 +276,7 @@ impl Bench {
         let (config, stored) = shape(source)?;
         let device = self.run_on.device.open()?;
         let kind = self.run_on.dtype.resolve(stored);
-        let mut decoder = random_decoder(config, device, kind, self.seed.seed)?;
+        let mut decoder = models::random(config, device, kind, self.seed.seed)?;
         let Plugged { cache, hook, variant } = Plugged::into(&mut decoder, &self.plugins)?;
         let about = About {
             model: format!("{source} (random weights)"),

@@ -1,16 +1,15 @@
 //! `megrez generate`.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use megrez::prompt::prompt_hash;
+use nics_base::hash;
 use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
-use nics_core::cli::{ModelArgs, OutArg, PluginArgs, SamplingArgs, SeedArg};
+use nics_core::cli::{Given, ModelArgs, OutArg, PluginArgs, PromptArgs, PromptLine, SamplingArgs, SeedArg};
 use nics_core::generate::{Finish, Generator, Prompt, Request, run as generate};
 use nics_core::sampling::Sampling;
 use nics_core::template::Message;
@@ -36,12 +35,8 @@ pub struct Generate {
     seed: SeedArg,
     #[command(flatten)]
     out: OutArg,
-    /// A prompt
-    #[arg(long, short, value_name = "TEXT", conflicts_with = "input")]
-    prompt: Option<String>,
-    /// Prompts: a .jsonl file, any other file as one prompt, or - for one prompt from standard input
-    #[arg(long, short, value_name = "FILE", required_unless_present = "prompt")]
-    input: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: PromptArgs,
     /// Continue the prompts as they are, without the chat template
     #[arg(long)]
     raw: bool,
@@ -54,16 +49,6 @@ pub struct Generate {
     /// Prompts that are written together
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch: usize,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Line {
-    #[serde(default)]
-    id: Option<serde_json::Value>,
-    prompt: Option<String>,
-    messages: Option<Vec<Message>>,
-    ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -82,7 +67,7 @@ struct Reply {
 
 impl Generate {
     pub fn run(self, quiet: bool) -> Result<()> {
-        let lines = self.lines()?;
+        let lines = self.prompts.lines()?;
         let mut loaded = Loaded::open(&self.model, &self.plugins)?;
         loaded.megrez.prompter.allow_special = self.allow_special;
         let megrez = &loaded.megrez;
@@ -100,7 +85,7 @@ impl Generate {
             }
         };
         for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| prompt_hash(p) != reply.prompt_hash) {
+            if prompts.get(reply.index).is_none_or(|p| hash::tokens(p) != reply.prompt_hash) {
                 bail!(
                     "{} holds a reply to another prompt (index {}): give another --out, or delete it",
                     self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
@@ -131,7 +116,7 @@ impl Generate {
                 let reply = Reply {
                     index: i,
                     id: lines[i].id.clone().unwrap_or_else(|| i.into()),
-                    prompt_hash: prompt_hash(&prompts[i]),
+                    prompt_hash: hash::tokens(&prompts[i]),
                     text: String::new(),
                     tokens: Vec::new(),
                     finish: String::new(),
@@ -180,7 +165,7 @@ impl Generate {
         finished.sort_by_key(|r| r.index);
         let mut stdout = std::io::stdout().lock();
         for reply in finished {
-            if self.prompt.is_some() && self.logprobs.is_none() {
+            if self.prompts.prompt.is_some() && self.logprobs.is_none() {
                 writeln!(stdout, "{}", reply.text)?;
             } else {
                 writeln!(stdout, "{}", serde_json::to_string(&reply)?)?;
@@ -189,57 +174,16 @@ impl Generate {
         Ok(())
     }
 
-    fn encode(&self, megrez: &megrez::Megrez, line: &Line) -> Result<Vec<u32>> {
-        let given = [line.prompt.is_some(), line.messages.is_some(), line.ids.is_some()];
-        if given.iter().filter(|g| **g).count() != 1 {
-            bail!("expected one of `prompt`, `messages` and `ids`");
-        }
-        let ids = if let Some(ids) = &line.ids {
-            ids.clone()
-        } else if let Some(messages) = &line.messages {
-            megrez.prompter.encode(messages, true)?
-        } else {
-            let text = line.prompt.as_deref().unwrap_or_default();
-            if text.trim().is_empty() {
-                bail!("the prompt is empty");
-            }
-            match (self.raw, self.allow_special) {
-                (false, _) => megrez.prompter.encode(&[Message::new("user", text)], true)?,
-                (true, true) => megrez.prompter.tokenizer.encode(text, false)?,
-                (true, false) => megrez.prompter.tokenizer.encode_ordinary(text)?,
-            }
+    fn encode(&self, megrez: &megrez::Megrez, line: &PromptLine) -> Result<Vec<u32>> {
+        let ids = match (line.given()?, self.raw, self.allow_special) {
+            (Given::Ids(ids), ..) => ids.to_vec(),
+            (Given::Messages(messages), ..) => megrez.prompter.encode(messages, true)?,
+            (Given::Text(text), false, _) => megrez.prompter.encode(&[Message::new("user", text)], true)?,
+            (Given::Text(text), true, true) => megrez.prompter.tokenizer.encode(text, false)?,
+            (Given::Text(text), true, false) => megrez.prompter.tokenizer.encode_ordinary(text)?,
         };
         // Before anything is written: the last of many prompts must not end a run that has written all others.
         megrez.check_prompt(&ids)?;
         Ok(ids)
-    }
-
-    fn lines(&self) -> Result<Vec<Line>> {
-        let one = |prompt: String| Line { id: None, prompt: Some(prompt), messages: None, ids: None };
-        let Some(path) = &self.input else {
-            return Ok(vec![one(self.prompt.clone().unwrap_or_default())]);
-        };
-        if path.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
-            return Ok(vec![one(text)]);
-        }
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        if path.extension().is_none_or(|e| e != "jsonl") {
-            return Ok(vec![one(text)]);
-        }
-        let lines = text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(i, line)| {
-                serde_json::from_str(line).with_context(|| format!("{}, line {}", path.display(), i + 1))
-            })
-            .collect::<Result<Vec<Line>>>()?;
-        if lines.is_empty() {
-            bail!("{} has no prompt", path.display());
-        }
-        Ok(lines)
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use nics_base::hash;
 use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::{self, JsonlLog};
 use nics_base::shard::{Shard, ShardName};
@@ -16,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use super::extract::{choice_letter, last_number};
 use super::task::{Gold, Item, Mode, Selection};
 use crate::model::Megrez;
-use crate::prompt::prompt_hash;
 
 /// How items are answered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,7 +88,7 @@ pub fn answer(
     output: &mut Output,
 ) -> Result<(PathBuf, Vec<Record>)> {
     settings.sampling.validate()?;
-    let hash = nics_base::hash::value(&(settings, &output.identity))?;
+    let hash = hash::value(&(settings, &output.identity))?;
     let name = ShardName::new("items", &hash, output.shard);
     let done = output.dir.join(name.file_name());
     let partial = output.dir.join(name.partial_name());
@@ -140,7 +140,7 @@ fn record(index: usize, item: &Item, settings: &Settings, prompt: &[u32]) -> Rec
         id: item.id.clone(),
         task: settings.selection.task.name().to_owned(),
         subject: item.subject.clone(),
-        prompt_hash: prompt_hash(prompt),
+        prompt_hash: hash::tokens(prompt),
         output: String::new(),
         extracted: None,
         gold: match &item.gold {

@@ -116,6 +116,22 @@ pub trait Model: Send {
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
 }
 
+/// The dtype that a config.json names: bfloat16, float16, else float32.
+pub fn named_kind(json: &Map<String, Value>) -> Kind {
+    match json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str) {
+        Some("bfloat16") => Kind::BFloat16,
+        Some("float16") => Kind::Half,
+        _ => Kind::Float,
+    }
+}
+
+/// A decoder of this configuration with weights drawn from `seed`: where no checkpoint is at hand and speed is measured,
+/// which does not depend on the values.
+pub fn random(config: DecoderConfig, device: Device, kind: Kind, seed: u64) -> Result<Decoder> {
+    // Small weights keep hidden states finite in every dtype, whatever the depth.
+    load_at(config, &TensorPath::random(seed, 0.02, device, kind))
+}
+
 /// How many parameters a model has, a tied head aside.
 pub fn parameters(model: &mut dyn Model) -> Result<usize> {
     let mut parameters = 0;

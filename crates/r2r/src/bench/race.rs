@@ -211,7 +211,7 @@ mod tests {
     use nics_core::checkpoint::TensorPath;
     use tch::{Device, Kind};
 
-    use super::super::{Costs, Measured, measure, random_model, shape};
+    use super::super::{Costs, Measured, measure, shape};
     use super::*;
     use crate::router::{Router, RouterConfig, Storage};
 
@@ -241,7 +241,8 @@ mod tests {
         (config.hidden, config.intermediate, config.heads, config.kv_heads) = (8, 16, 2, 1);
         (config.head_dim, config.vocab) = (4, 32);
         config.rope.head_dim = 4;
-        let model = |seed| random_model(slice.config.clone(), Device::Cpu, Kind::Float, seed).unwrap();
+        let model =
+            |seed| nics_core::models::random(slice.config.clone(), Device::Cpu, Kind::Float, seed).unwrap();
         let (small, large, router) = (model(1), model(2), router());
         let mut rounds = 0;
         let what = Measured { context: 700, lengths: vec![1, 4], rounds: 3 };

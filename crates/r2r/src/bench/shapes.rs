@@ -1,9 +1,8 @@
 //! Models of real shapes with random weights, where no checkpoint is at hand: speed does not depend on the values.
 
-use nics_core::checkpoint::TensorPath;
-use nics_core::models::{self, Decoder, DecoderConfig};
+use nics_core::models::{self, DecoderConfig};
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind};
+use tch::Kind;
 
 use crate::{Error, Result};
 
@@ -58,12 +57,7 @@ pub fn shape(source: &str, layers: Option<usize>) -> Result<Shape> {
         }
         name = format!("{source}, {layers} of {all} layers");
     }
-    let dtype = json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str);
-    let kind = match dtype {
-        Some("bfloat16") => Kind::BFloat16,
-        Some("float16") => Kind::Half,
-        _ => Kind::Float,
-    };
+    let kind = models::named_kind(&json);
     Ok(Shape { name, config: models::config(&json)?, kind })
 }
 
@@ -88,12 +82,6 @@ fn from_file(source: &str) -> Result<Map<String, Value>> {
         Error::Input(format!("{source}: {e}; expected a config.json, its folder, or one of {}", known()))
     })?;
     serde_json::from_str(&text).map_err(|e| Error::Damaged { path, reason: e.to_string() })
-}
-
-/// A model of this shape with weights drawn from `seed`.
-pub fn random_model(config: DecoderConfig, device: Device, kind: Kind, seed: u64) -> Result<Decoder> {
-    // Small weights keep hidden states finite in every dtype, whatever the depth.
-    Ok(models::load_at(config, &TensorPath::random(seed, 0.02, device, kind))?)
 }
 
 /// Parameters of a shape.

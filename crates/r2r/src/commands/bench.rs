@@ -14,7 +14,7 @@ use nics_core::cli::{DeviceArgs, JsonArg, SeedArg};
 use nics_core::device::{device_name, dtype_name};
 use nics_core::models::{self, Decoder, Model};
 use nics_core::tch::{Device, Kind};
-use r2r::bench::{Costs, Lap, Measured, Race, Spread, Verdict, measure, race, random_model, shape};
+use r2r::bench::{Costs, Lap, Measured, Race, Spread, Verdict, measure, race, shape};
 use r2r::checkpoint::{Official, load};
 use r2r::router::{Router, RouterConfig, Storage};
 use serde_json::json;
@@ -134,7 +134,7 @@ impl Bench {
         }
         let shape = shape(source, self.layers)?;
         let kind = self.run_on.dtype.resolve(shape.kind);
-        let model = random_model(shape.config, device, kind, seed)?;
+        let model = models::random(shape.config, device, kind, seed)?;
         Ok((model, format!("{} (random weights)", shape.name)))
     }
 

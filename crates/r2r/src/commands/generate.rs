@@ -1,15 +1,15 @@
 //! `r2r generate`.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use nics_base::hash;
 use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
-use nics_core::cli::{OutArg, SamplingArgs, SeedArg};
+use nics_core::cli::{Given, OutArg, PromptArgs, PromptLine, SamplingArgs, SeedArg};
 use nics_core::template::Message;
 use r2r::decode::{MeanParameters, Request, TokenEvent, Usage, run};
 use serde::{Deserialize, Serialize};
@@ -34,12 +34,8 @@ pub struct Generate {
     seed: SeedArg,
     #[command(flatten)]
     out: OutArg,
-    /// A prompt
-    #[arg(long, short, value_name = "TEXT", conflicts_with = "input")]
-    prompt: Option<String>,
-    /// Prompts: a .jsonl file, any other file as one prompt, or - for one prompt from standard input
-    #[arg(long, short, value_name = "FILE", required_unless_present = "prompt")]
-    input: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: PromptArgs,
     /// Continue the prompts as they are, without the chat template
     #[arg(long)]
     raw: bool,
@@ -53,16 +49,6 @@ pub struct Generate {
     /// Prompts that are written together
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = nics_core::cli::at_least_one)]
     batch: usize,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Line {
-    #[serde(default)]
-    id: Option<Value>,
-    prompt: Option<String>,
-    messages: Option<Vec<Message>>,
-    ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,7 +75,7 @@ struct Open<'a> {
 
 impl Generate {
     pub fn run(self, quiet: bool) -> Result<()> {
-        let lines = self.lines()?;
+        let lines = self.prompts.lines()?;
         let opened = Opened::open(&self.pair, self.seed.seed)?;
         let mut prompts = Vec::new();
         for (i, line) in lines.iter().enumerate() {
@@ -103,7 +89,7 @@ impl Generate {
             }
         };
         for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| hash(p) != reply.prompt_hash) {
+            if prompts.get(reply.index).is_none_or(|p| hash::tokens(p) != reply.prompt_hash) {
                 bail!(
                     "{} holds a reply to another prompt (index {}): give another --out, or delete it",
                     self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
@@ -129,7 +115,7 @@ impl Generate {
         let colour = live && self.color_by_source.on_stdout();
         let mut states: Vec<Option<Open>> = todo
             .iter()
-            .map(|&i| Some(self.begin(&opened, i, lines[i].id.clone(), hash(&prompts[i]), colour)))
+            .map(|&i| Some(self.begin(&opened, i, lines[i].id.clone(), hash::tokens(&prompts[i]), colour)))
             .collect();
         let mut decoder = opened.decoder()?;
         let mut finished: Vec<Reply> = Vec::new();
@@ -237,63 +223,15 @@ impl Generate {
         Open { written, reply }
     }
 
-    fn encode(&self, opened: &Opened, line: &Line) -> Result<Vec<u32>> {
-        let given = [line.prompt.is_some(), line.messages.is_some(), line.ids.is_some()];
-        if given.iter().filter(|g| **g).count() != 1 {
-            bail!("expected one of `prompt`, `messages` and `ids`");
-        }
-        let ids = if let Some(ids) = &line.ids {
-            ids.clone()
-        } else if let Some(messages) = &line.messages {
-            opened.conversation(messages)?
-        } else {
-            let text = line.prompt.as_deref().unwrap_or_default();
-            if text.trim().is_empty() {
-                bail!("the prompt is empty");
-            }
-            if self.raw {
-                opened.tokenizer.encode(text, false)?
-            } else {
-                opened.conversation(&[Message::new("user", text)])?
-            }
+    fn encode(&self, opened: &Opened, line: &PromptLine) -> Result<Vec<u32>> {
+        let ids = match line.given()? {
+            Given::Ids(ids) => ids.to_vec(),
+            Given::Messages(messages) => opened.conversation(messages)?,
+            Given::Text(text) if self.raw => opened.tokenizer.encode(text, false)?,
+            Given::Text(text) => opened.conversation(&[Message::new("user", text)])?,
         };
         // Before anything is written: the last of many prompts must not end a run that has written all others.
         opened.check_prompt(&ids)?;
         Ok(ids)
     }
-
-    fn lines(&self) -> Result<Vec<Line>> {
-        let one = |prompt: String| Line { id: None, prompt: Some(prompt), messages: None, ids: None };
-        let Some(path) = &self.input else {
-            return Ok(vec![one(self.prompt.clone().unwrap_or_default())]);
-        };
-        if path.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
-            return Ok(vec![one(text)]);
-        }
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        if path.extension().is_none_or(|e| e != "jsonl") {
-            return Ok(vec![one(text)]);
-        }
-        let lines = text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(i, line)| {
-                serde_json::from_str(line).with_context(|| format!("{}, line {}", path.display(), i + 1))
-            })
-            .collect::<Result<Vec<Line>>>()?;
-        if lines.is_empty() {
-            bail!("{} has no prompt", path.display());
-        }
-        Ok(lines)
-    }
-}
-
-/// A short hash of a prompt's tokens.
-fn hash(ids: &[u32]) -> String {
-    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-    nics_base::hash::bytes(bytes)[..16].to_owned()
 }
