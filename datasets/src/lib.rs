@@ -22,6 +22,7 @@
 mod arithmetic;
 mod choice;
 mod error;
+pub mod grading;
 mod layout;
 mod reasoning;
 pub mod ring;

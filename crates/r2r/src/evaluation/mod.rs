@@ -8,9 +8,8 @@ mod mersenne;
 mod prompts;
 mod set;
 
-pub use extract::{
-    AnswerKind, boxed, choice, fenced_code, graded_part, is_correct, last_fenced_code, lone_letter, pass_at_k,
-};
+pub use extract::{AnswerKind, boxed, choice, fenced_code, graded_part, is_correct, lone_letter};
 pub use mersenne::{OptionShuffle, SHUFFLE_SEED};
+pub use nics_datasets::grading::{last_fenced_code, pass_at_k};
 pub use prompts::{aime, gpqa, live_code_bench, mmlu_pro};
 pub use set::{Question, questions};
