@@ -141,7 +141,11 @@ pub fn attend_with(isa: Isa, pool: &Pool, heads: Heads, q: &[f32], sequences: &[
 }
 
 /// Adds up a sequence's pieces and divides by the sums.
-fn put_together<T: Element>(parts: &[f32], keys: usize, dim: usize, out: &mut [T]) {
+///
+/// # Shapes
+/// `parts`: `[pieces, key heads, group * (2 + dim)]`, of each group its queries' largest scores, the sums of their
+/// exponentials ([`exponentials`]), and `Σ e v`, `[group, dim]`. `out`: `[key heads * group, dim]`.
+pub fn put_together<T: Element>(parts: &[f32], keys: usize, dim: usize, out: &mut [T]) {
     let group = out.len() / dim / keys;
     let part = group * (2 + dim);
     let mut weights = Vec::with_capacity(parts.len() / part / keys);
@@ -343,8 +347,12 @@ fn weigh_steps<L: Lanes, T: Weight, const G: usize, const S: usize>(
 }
 
 /// Turns each query's scores into exponentials of what they lack to the largest; keeps the largest and the sum.
+///
+/// # Shapes
+/// `scores`: `[group, stride]`, of which the first `rows` of each line count. `part`: `[2 * group ..]`: the largest, then the
+/// sums.
 #[inline(always)]
-fn exponentials(scores: &mut [f32], stride: usize, rows: usize, part: &mut [f32]) {
+pub fn exponentials(scores: &mut [f32], stride: usize, rows: usize, part: &mut [f32]) {
     const LANES: usize = 16;
     let group = scores.len() / stride;
     for (g, scores) in scores.chunks_exact_mut(stride).enumerate() {

@@ -45,7 +45,7 @@ impl Isa {
     }
 
     /// Panics when the processor lacks it: what makes calling a kernel of this set sound.
-    pub(crate) fn assert_available(self) {
+    pub fn assert_available(self) {
         assert!(self <= Self::detect(), "{self} was asked for, this processor has {}", Self::detect());
     }
 }

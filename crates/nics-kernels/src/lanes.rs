@@ -1,4 +1,7 @@
-//! Vectors of f32, and how weights become them.
+//! Vectors of f32, and how weights become them: what a kernel is written in once for every set of instructions.
+//!
+//! A kernel is a generic function over [`Lanes`], inlined into one function for each set of instructions that is marked
+//! with `#[target_feature]`; outside such a function the vector types are slow, or not there at all.
 
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::wildcard_imports)] // Intrinsics carry their prefix.
@@ -20,20 +23,55 @@ pub unsafe trait Lanes: Copy {
     type V: Copy;
     /// Its length.
     const N: usize;
+    /// Zeros.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn zero() -> Self::V;
+    /// `N` values; no alignment is asked for.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn load(from: *const f32) -> Self::V;
+    /// Writes `N` values; no alignment is asked for.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn store(v: Self::V, to: *mut f32);
+    /// `N` times `x`.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn splat(x: f32) -> Self::V;
     /// `a * b + sum`.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn fma(a: Self::V, b: Self::V, sum: Self::V) -> Self::V;
     /// The sum of each of eight vectors.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn sums(v: [Self::V; 8]) -> [f32; 8];
     /// Asks for a line of memory that will soon be read; any address.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn prefetch(at: *const u8);
     /// Of `2 N` values those at even places.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn load_even(from: *const bf16) -> Self::V;
     /// Of `2 N` values those at odd places.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn load_odd(from: *const bf16) -> Self::V;
+    /// `N` values, widened.
+    ///
+    /// # Safety
+    /// As for the trait.
     unsafe fn load_f16(from: *const f16) -> Self::V;
 }
 

@@ -11,6 +11,7 @@
 //! | [`attention`] | attention of one new row over dense keys and values, each read once for its group of query heads |
 //! | [`norm`], [`rotary`], [`gate`] | root-mean-square norm, rotary embedding, the gate of an MLP |
 //! | [`largest`](mod@largest) | the largest logits of a vocabulary |
+//! | [`lanes`], [`exp`](mod@exp) | what kernels are written in, for kernels elsewhere |
 //! | [`memory`] | huge pages, and the read bandwidth that is the limit |
 //!
 //! Every kernel has a scalar version and is held against it by tests over random shapes. A row's result does not depend
@@ -21,11 +22,11 @@
 
 pub mod attention;
 pub mod element;
-mod exp;
+pub mod exp;
 pub mod gate;
 pub mod gemv;
 pub mod isa;
-mod lanes;
+pub mod lanes;
 pub mod largest;
 pub mod memory;
 pub mod norm;
