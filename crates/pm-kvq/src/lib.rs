@@ -7,8 +7,13 @@
 //! a first-order sensitivity; outliers of the keys are moved into the queries by scales that are calibrated with
 //! stretched positions. No weight is trained again.
 
+pub mod answers;
+pub mod baselines;
 pub mod bits;
 mod error;
+pub mod pack;
+pub mod quantize;
+pub mod shrink;
 
 pub use bits::Bits;
 pub use error::{Error, Result};
