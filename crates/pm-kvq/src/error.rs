@@ -13,7 +13,9 @@ pub enum Error {
     #[error("a width of {0} bits; expected 2, 4, 8 or 16")]
     Width(u32),
     /// Groups do not fill the last axis.
-    #[error("groups of {group} values do not divide the head's {head_dim} channels; choose a divisor of {head_dim}")]
+    #[error(
+        "groups of {group} values do not divide the head's {head_dim} channels; choose a divisor of {head_dim}"
+    )]
     GroupMismatch {
         /// Channels of a head.
         head_dim: i64,
@@ -46,6 +48,57 @@ pub enum Error {
         /// The layer, from 0.
         layer: usize,
     },
+    /// Positions cannot be stretched by a whole factor.
+    #[error(
+        "the effective length {effective} is not a multiple of the samples' {len} tokens; choose {len} times a whole number"
+    )]
+    EffectiveLenNotMultiple {
+        /// Tokens of a sample.
+        len: usize,
+        /// The length that its positions are stretched to.
+        effective: usize,
+    },
+    /// No sample to calibrate with, or samples too short for a loss.
+    #[error("calibration needs samples of at least 2 tokens: {0}")]
+    EmptyCalibration(String),
+    /// A layer sees a window of its keys alone, which the method does not cover.
+    #[error(
+        "layer {layer} attends over a sliding window of {window} tokens; the method covers full attention alone"
+    )]
+    SlidingWindowLayer {
+        /// The layer, from 0.
+        layer: usize,
+        /// Its window, in tokens.
+        window: usize,
+    },
+    /// Key scales of another shape than the model's heads, or out of range.
+    #[error("layer {layer}: the key scales are {found}, expected {expected}")]
+    ScaleShape {
+        /// The layer, from 0.
+        layer: usize,
+        /// What there is.
+        found: String,
+        /// What the model asks for.
+        expected: String,
+    },
+    /// An artefact was made from a model of another architecture.
+    #[error("{}: it was calibrated on a model of another architecture ({artefact}, this one is {model}); calibrate this model", path.display())]
+    ModelHashMismatch {
+        /// The artefact.
+        path: std::path::PathBuf,
+        /// The hash that it names.
+        artefact: String,
+        /// That of the model.
+        model: String,
+    },
+    /// An artefact is damaged, or not what its name says.
+    #[error("{}: {reason}", path.display())]
+    Artefact {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Tensors of unexpected shape or content.
     #[error("{0}")]
     Input(String),
@@ -58,4 +111,16 @@ pub enum Error {
     /// libtorch.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+}
+
+/// Caches speak the core's errors.
+impl From<Error> for nics_core::Error {
+    fn from(e: Error) -> Self {
+        match e {
+            Error::Core(e) => e,
+            Error::Base(e) => Self::Base(e),
+            Error::Torch(e) => Self::Torch(e),
+            e => Self::input(e),
+        }
+    }
 }
