@@ -11,6 +11,7 @@ pub mod answers;
 pub mod baselines;
 pub mod bits;
 mod error;
+pub mod kernel;
 pub mod pack;
 pub mod quantize;
 pub mod shrink;
