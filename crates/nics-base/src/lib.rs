@@ -10,6 +10,7 @@
 //! | [`exit`] | exit codes and the errors that ask for one |
 //! | [`row`], [`ci`], [`report`] | result rows, their confidence intervals, Markdown and HTML from rows alone |
 //! | [`interrupt`] | a flag that SIGINT and SIGTERM set |
+//! | [`sandbox`] | other people's programs under limits on time, memory, files and network |
 //! | [`hub`] | Hugging Face hub ids to local folders |
 //! | `progress`, `cli` | bars, flag groups and the edge of `main` (feature `cli`) |
 //!
@@ -25,6 +26,7 @@ pub mod interrupt;
 pub mod jsonl;
 pub mod report;
 pub mod row;
+pub mod sandbox;
 pub mod shard;
 
 #[cfg(feature = "cli")]
