@@ -1,13 +1,16 @@
-//! The caches that the core brings: [`DenseCache`], the default, and the differentiable [`NoCache`].
+//! The caches that the core brings: [`DenseCache`], the default, and the differentiable [`NoCache`]; and the rows of
+//! tensors that caches of other crates keep too, [`KeptRows`].
 
 mod attention;
 mod decode;
 mod dense;
 mod none;
+mod rows;
 
 pub use attention::{attend_even, attend_one, probabilities};
 pub use dense::DenseCache;
 pub use none::NoCache;
+pub use rows::KeptRows;
 
 use tch::{Kind, Tensor};
 
