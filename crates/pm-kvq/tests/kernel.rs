@@ -2,7 +2,9 @@
 
 use half::{bf16, f16};
 use nics_kernels::{Element, Isa, Kind, Pool, Values, ValuesMut};
+use pm_kvq::kernel::narrow::{halve_with, quantize_with};
 use pm_kvq::kernel::{Heads, PIECE, Page, PageView, Rows, attend_with};
+use pm_kvq::shrink::{Shift, code, parameters};
 use pm_kvq::{Bits, pack};
 use proptest::prelude::*;
 
@@ -143,7 +145,7 @@ proptest! {
     #[test]
     fn attention_equals_the_reference(
         keys in 1usize..4, group in 1usize..=10,
-        dim in prop::sample::select(vec![4usize, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256]),
+        dim in prop::sample::select(WIDTHS.to_vec()),
         divisor in prop::sample::select(vec![1usize, 1, 2, 4, 8]),
         sequences in prop::collection::vec(prop::collection::vec(page(), 1..6), 1..3),
         sharp in 0.1f32..3.0, seed in any::<u64>(), threads in 1usize..4,
@@ -177,6 +179,61 @@ proptest! {
                 let mut alone = vec![0f32; row];
                 attend_with(isa, &Pool::new(1).unwrap(), heads, Values::F32(&q[s * row..][..row]), scale, &views[s..=s], ValuesMut::F32(&mut alone));
                 prop_assert_eq!(bits_of(&alone), bits_of(&got[s * row..][..row]));
+            }
+        }
+    }
+}
+
+const WIDTHS: [usize; 12] = [4, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256];
+
+proptest! {
+    #[test]
+    fn halving_equals_the_shift_of_every_code(
+        dim in prop::sample::select(WIDTHS.to_vec()), tokens in 1usize..150, eight in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let from = if eight { Bits::B8 } else { Bits::B4 };
+        let to = from.half().unwrap();
+        let codes: Vec<u8> =
+            random(tokens * dim, seed).iter().map(|x| ((x + 1.0) * 127.9) as u8 & from.levels() as u8).collect();
+        let scales: Vec<f32> = random(tokens, seed ^ 1);
+        let mut packed = vec![0; from.bytes(codes.len())];
+        pack::pack(from, dim, &codes, &mut packed);
+        let expected: Vec<u8> = codes.iter().map(|q| code(Shift::Equivalent, from, u32::from(*q)) as u8).collect();
+        for isa in Isa::available() {
+            let (mut packed, mut halved, mut got) = (packed.clone(), scales.clone(), vec![0; codes.len()]);
+            halve_with(isa, from, dim, &mut packed, &mut halved);
+            pack::unpack(to, dim, &packed[..to.bytes(codes.len())], &mut got);
+            prop_assert_eq!(&got, &expected, "{}", isa);
+            for (old, new) in scales.iter().zip(&halved) {
+                prop_assert_eq!(parameters(Shift::Equivalent, from, *old, 0.0).0.to_bits(), new.to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn quantization_equals_its_formula(
+        dim in prop::sample::select(WIDTHS.to_vec()), divisor in prop::sample::select(vec![1usize, 2, 4]), tokens in 1usize..20,
+        spread in prop::sample::select(vec![0f32, 1e-6, 0.3, 40.0]), half in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let (group, kind) = (dim / divisor, if half { Kind::F16 } else { Kind::Bf16 });
+        let x = random(tokens * dim, seed);
+        let (x, page): (Vec<f32>, Vec<[u8; 2]>) = match kind {
+            Kind::F16 => x.iter().map(|x| f16::from_f32(x * spread + 0.5)).map(|x| (x.to_f32(), x.to_le_bytes())).unzip(),
+            _ => x.iter().map(|x| bf16::from_f32(x * spread + 0.5)).map(|x| (x.to_f32(), x.to_le_bytes())).unzip(),
+        };
+        let page = page.concat();
+        for isa in Isa::available() {
+            let (mut scales, mut zeros) = (vec![0f32; x.len() / group], vec![0f32; x.len() / group]);
+            let mut page = page.clone();
+            quantize_with(isa, kind, dim, group, &mut page, &mut scales, &mut zeros);
+            for (i, x) in x.chunks_exact(group).enumerate() {
+                let min = x.iter().copied().fold(f32::INFINITY, f32::min);
+                let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let scale = ((max - min) / 255.0).clamp(1e-5, 1e5);
+                prop_assert_eq!((scales[i], zeros[i]), (scale, -min));
+                for (x, got) in x.iter().zip(&page[i * group..]) {
+                    prop_assert_eq!(((x - min) / scale).round_ties_even().clamp(0.0, 255.0) as u8, *got, "{}", isa);
+                }
             }
         }
     }

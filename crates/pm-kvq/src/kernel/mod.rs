@@ -20,6 +20,7 @@
 // Vector code gets its instructions by being inlined into a function that has them; indices keep its loops over registers.
 #![allow(clippy::inline_always, clippy::needless_range_loop)]
 
+pub mod narrow;
 #[cfg(target_arch = "x86_64")]
 mod piece;
 mod plain;
@@ -85,6 +86,18 @@ impl<'a> Rows<'a> {
         match self {
             Self::Codes(page) => page.tokens,
             Self::Exact(rows) => rows.len() / head_dim,
+        }
+    }
+
+    /// Where they lie.
+    #[cfg(target_arch = "x86_64")]
+    fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::Codes(page) => page.codes,
+            Self::Exact(rows) => each_kind!(rows, Values, rows => {
+                // SAFETY: the bytes of numbers.
+                unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(*rows)) }
+            }),
         }
     }
 

@@ -147,8 +147,9 @@ fn run<L: Tiles>(q: &[f32], pages: &[Page<'_>], dim: usize, part: &mut [f32], sc
     scores.resize(group * stride, 0.0);
     queries.resize(group * dim, 0.0);
     let (mut at, mut now) = (0, None);
-    for page in pages {
+    for (i, page) in pages.iter().enumerate() {
         let format = Format::of(&page.keys);
+        let next = [pages.get(i + 1).map_or(&[][..], |page| page.keys.bytes()), page.values.bytes()];
         let order = order::<L>(orders, format, dim);
         if now.replace(format) != Some(format) {
             for (to, from) in queries.chunks_exact_mut(dim).zip(q.chunks_exact(dim)) {
@@ -156,6 +157,7 @@ fn run<L: Tiles>(q: &[f32], pages: &[Page<'_>], dim: usize, part: &mut [f32], sc
             }
         }
         each_source!(page.keys, dim, S, rows => {
+            let rows = rows.before(next);
             // SAFETY: the processor has the instructions, as asserted at the entry; the rows are whole blocks (`fits`).
             unsafe {
                 if rows.groups > 1 {

@@ -1,13 +1,18 @@
 //! The inner loops: a few queries against the rows of a page.
 
 use nics_kernels::attention::exponentials;
-use nics_kernels::lanes::{Avx2, Avx512};
+use nics_kernels::lanes::{Avx2, Avx512, Lanes};
 
 use super::PageView;
 use super::source::{Source, Unpack};
 
 /// Queries that are computed together at most.
 const QUERIES: usize = 5;
+
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
+/// How far ahead of its use memory is asked for, in bytes.
+const AHEAD: usize = 1024;
 
 /// Where the rows of a page lie.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +25,8 @@ pub struct Stored<'a> {
     zeros: &'a [f32],
     /// Scales of a token; 0 of numbers.
     pub groups: usize,
+    /// What will be read after this page.
+    next: [&'a [u8]; 2],
 }
 
 impl<'a> Stored<'a> {
@@ -28,7 +35,7 @@ impl<'a> Stored<'a> {
         let PageView { bits, tokens, codes, scales, zeros } = *page;
         let (at, row) = (codes.as_ptr(), bits.bytes(dim));
         assert!(tokens > 0 && codes.len() == tokens * row && scales.len() == zeros.len());
-        Self { at, row, tokens, scales, zeros, groups: scales.len() / tokens }
+        Self { at, row, tokens, scales, zeros, groups: scales.len() / tokens, next: [&[]; 2] }
     }
 
     /// Numbers.
@@ -42,6 +49,33 @@ impl<'a> Stored<'a> {
             scales: &[],
             zeros: &[],
             groups: 0,
+            next: [&[]; 2],
+        }
+    }
+
+    /// The same, before `next`.
+    pub fn before(self, next: [&'a [u8]; 2]) -> Self {
+        Self { next, ..self }
+    }
+
+    /// Asks for what will be read soon while tokens `t .. t + n` are computed: rows a few kilobytes ahead, those of what
+    /// follows the page at its end, and the same part of what is read last.
+    #[inline(always)]
+    fn fetch<L: Lanes>(&self, t: usize, n: usize) {
+        let (at, bytes, size) = (t * self.row, n * self.row, self.tokens * self.row);
+        let [follows, last] = self.next;
+        for line in (0..bytes).step_by(LINE) {
+            let ahead = at + line + AHEAD;
+            let key = if ahead < size {
+                self.at.wrapping_add(ahead)
+            } else {
+                follows.as_ptr().wrapping_add(ahead - size)
+            };
+            // SAFETY: the caller runs with the instructions of `L`; any address may be asked for.
+            unsafe {
+                L::prefetch(key);
+                L::prefetch(last.as_ptr().wrapping_add(at + line));
+            }
         }
     }
 
@@ -205,6 +239,7 @@ fn keys<L: Unpack, S: Source<L>, const EACH: bool, const T: usize>(
     assert!(scores.len() == group * stride && at + tokens.next_multiple_of(T) <= stride);
     assert!(q.len() == group * dim);
     for t in (0..tokens).step_by(T) {
+        rows.fetch::<L>(t, T);
         portions!(group, QUERIES, g, COUNT => {
             let (q, scores) = (&q[g * dim..], &mut scores[g * stride + at + t..]);
             // SAFETY: the caller runs with the instructions of `L`; the assertions above.
