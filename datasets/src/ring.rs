@@ -168,6 +168,11 @@ impl Ring {
         words.map(str::to_owned).chain((0..self.modulus).map(|n| n.to_string())).collect()
     }
 
+    /// The first `n` problems of `split` under `seed`.
+    pub fn problems(self, split: Split, seed: u64, n: usize) -> impl Iterator<Item = RingProblem> {
+        (0..n as u64).map(move |index| self.problem(split, seed, index))
+    }
+
     /// Problem number `index` of `split` under `seed`.
     pub fn problem(self, split: Split, seed: u64, index: u64) -> RingProblem {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -71,7 +71,7 @@ fn splits_are_disjoint_and_problems_are_functions_of_their_number() {
 
 #[test]
 fn shares_are_what_they_are_said_to_be() {
-    let problems: Vec<_> = (0..2000).map(|i| ring(19).problem(Split::Train, 9, i)).collect();
+    let problems: Vec<_> = ring(19).problems(Split::Train, 9, 2000).collect();
     let operators: Vec<Operator> = problems.iter().flat_map(|p| p.operators.clone()).collect();
     let share = |o| operators.iter().filter(|x| **x == o).count() as f64 / operators.len() as f64;
     for (operator, expected) in [(Operator::Plus, 0.35), (Operator::Minus, 0.25), (Operator::Times, 0.4)] {

@@ -7,12 +7,12 @@ use clap::{Args, Subcommand};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::{jsonl, row};
-use nics_core::cli::DeviceArgs;
+use nics_core::cli::{DeviceArgs, ShardArg};
 use nics_core::tch::Device;
 use r2r::labels::pipeline::LabelSet;
 use r2r::study::{
-    About, Estimate, Inputs, Kind, LIMITS, Measures, Models, POINTS_FILE, Study as Settings, evaluate,
-    figures, write_queries,
+    About, Estimate, Inputs, Kind, LIMITS, Measures, Models, Output, POINTS_FILE, Study as Settings,
+    evaluate, figures, write_queries,
 };
 
 /// Studies nano pairs: labels, routers, every policy and baseline on problems that no model was trained on.
@@ -67,7 +67,8 @@ struct Queries {
     pair: PairArgs,
 }
 
-/// Measures every policy and baseline of a pair.
+/// Measures every policy and baseline of a pair: OUT/points.jsonl. With --shard the shard's part alone, in a file of its own:
+/// merge them (cargo xtask merge). An interrupted run goes on where it stopped.
 #[derive(Args)]
 struct Evaluate {
     #[command(flatten)]
@@ -78,6 +79,8 @@ struct Evaluate {
     /// A router: r2r, mismatch, logits-only, hidden-only, no-token or no-logits; each once
     #[arg(long = "router", value_name = "KIND=FOLDER", value_parser = router, required = true)]
     routers: Vec<(Kind, PathBuf)>,
+    #[command(flatten)]
+    shard: ShardArg,
 }
 
 /// Makes result rows out of the points of all pairs.
@@ -162,9 +165,7 @@ impl Evaluate {
         let mut bar = None;
         let mut report = |done: usize, all: usize, what: &str| {
             let bar = bar.get_or_insert_with(|| {
-                let bar = if quiet { Progress::hidden() } else { Progress::new(all as u64, "points") };
-                bar.start_at(done as u64);
-                bar
+                if quiet { Progress::hidden() } else { Progress::new(all as u64, "evaluate") }
             });
             bar.set(done as u64);
             if !what.is_empty() {
@@ -173,11 +174,13 @@ impl Evaluate {
         };
         let PairArgs { seed, out, .. } = &self.pair;
         let inputs = Inputs { models: &models, study: &study, measures: &measures, routers, seed: *seed };
-        let points = evaluate(inputs, out, &interrupt, &mut report)?;
+        let shard = self.shard.resolve()?;
+        let output = Output { dir: out, shard, interrupt: &interrupt, report: &mut report };
+        let (file, points) = evaluate(inputs, output)?;
         if let Some(bar) = bar {
             bar.finish();
         }
-        eprintln!("{}: {} points", out.display(), points.len());
+        eprintln!("{}: {} points", file.display(), points.len());
         Ok(())
     }
 }

@@ -213,7 +213,7 @@ impl One<'_> {
 
 /// Share of the first `n` problems of a split that a model solves by itself, greedily.
 pub fn accuracy(model: &dyn Model, task: &RingTask, split: Split, seed: u64, n: usize) -> Result<f64> {
-    let problems: Vec<_> = (0..n as u64).map(|i| task.ring().problem(split, seed, i)).collect();
+    let problems: Vec<_> = task.ring().problems(split, seed, n).collect();
     let requests = problems
         .iter()
         .map(|p| Ok(Request::greedy(task.encode(&p.prompt())?, RESPONSE_TOKENS, &[task.eos()])))

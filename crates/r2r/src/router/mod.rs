@@ -319,31 +319,47 @@ impl Router {
                     (format!("{name}.bias"), layer.bias.shallow_clone()),
                 ]);
             };
-            if let Some((name, layer)) = &self.norm_hidden {
-                norm(name, layer);
-            }
-            if let Some(layer) = &self.norm_token {
-                norm("layer_norm_token", layer);
-            }
-            match &self.stem {
-                Stem::Combined { logits_projection, combined_projection } => {
-                    if let Some(layer) = logits_projection {
-                        dense("logits_projection", layer);
-                    }
-                    dense("combined_projection", combined_projection);
-                }
-                Stem::Single { name, projection } => dense(name, projection),
-                Stem::LmHead { lm_head, post_lm_projection } => {
-                    dense("lm_head", lm_head);
-                    dense("post_lm_projection", post_lm_projection);
-                }
-            }
-            self.backbone.visit(&mut dense, &mut norm);
+            self.visit(&mut dense, &mut norm);
         }
         match error.take() {
             Some(e) => Err(e),
             None => Ok(all.into_inner()),
         }
+    }
+
+    /// Bytes that a call reads: matrices as they are stored, biases and norms; not the embedding table, of which it reads a
+    /// row.
+    pub fn bytes(&self) -> usize {
+        let sum = std::cell::Cell::new(0);
+        let norms = |layer: &LayerNorm| layer.weight.numel() + layer.bias.numel();
+        self.visit(&mut |_, layer| sum.set(sum.get() + layer.bytes()), &mut |_, layer| {
+            sum.set(sum.get() + norms(layer) * Kind::Float.elt_size_in_bytes());
+        });
+        sum.get()
+    }
+
+    /// Hands every layer with its name to `dense` or `norm`.
+    fn visit(&self, dense: &mut dyn FnMut(&str, &Dense), norm: &mut dyn FnMut(&str, &LayerNorm)) {
+        if let Some((name, layer)) = &self.norm_hidden {
+            norm(name, layer);
+        }
+        if let Some(layer) = &self.norm_token {
+            norm("layer_norm_token", layer);
+        }
+        match &self.stem {
+            Stem::Combined { logits_projection, combined_projection } => {
+                if let Some(layer) = logits_projection {
+                    dense("logits_projection", layer);
+                }
+                dense("combined_projection", combined_projection);
+            }
+            Stem::Single { name, projection } => dense(name, projection),
+            Stem::LmHead { lm_head, post_lm_projection } => {
+                dense("lm_head", lm_head);
+                dense("post_lm_projection", post_lm_projection);
+            }
+        }
+        self.backbone.visit(dense, norm);
     }
 }
 

@@ -256,7 +256,7 @@ pub fn figures(study: &Study, about: &About, seeds: &[(u64, Vec<Point>)]) -> Res
     singles.extend(drafts.clone());
     singles.extend([SMALL, LARGE, Kind::R2r.name()].map(|v| sampled(v, temperature)));
     for variant in &singles {
-        single(&pool, about, variant, &mut rows)?;
+        single(&pool, study, about, variant, &mut rows)?;
     }
     for variant in &drafts {
         let point = pool.chosen(variant)?;
@@ -328,7 +328,7 @@ impl About {
 }
 
 /// A variant at its chosen setting: accuracy, share, parameters.
-fn single(pool: &Pool, about: &About, variant: &str, rows: &mut Vec<Row>) -> Result<()> {
+fn single(pool: &Pool, study: &Study, about: &About, variant: &str, rows: &mut Vec<Row>) -> Result<()> {
     let point = pool.chosen(variant)?;
     let estimates = pool.estimate(|weights| Ok(point.at(weights).to_vec()))?;
     let n = Some(point.problems());
@@ -348,7 +348,7 @@ fn single(pool: &Pool, about: &About, variant: &str, rows: &mut Vec<Row>) -> Res
     let [small, middle, large, router] = about.parameters;
     let parameters = if variant == MIDDLE {
         [middle; 2]
-    } else if variant == LARGE || variant == sampled(LARGE, 0.0) {
+    } else if variant == LARGE || variant == sampled(LARGE, study.evaluation.temperature) {
         [large; 2]
     } else if speculative {
         return Ok(());

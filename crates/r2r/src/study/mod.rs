@@ -16,10 +16,12 @@ mod models;
 mod oracle;
 mod point;
 mod queries;
+mod rivals;
 mod routers;
 mod settings;
+mod sweeps;
 
-pub use evaluate::{Inputs, Report, evaluate};
+pub use evaluate::{Inputs, Output, Report, evaluate};
 pub use figures::{About, Claims, Estimate, figures};
 pub use models::Models;
 pub use point::{POINTS_FILE, Point};

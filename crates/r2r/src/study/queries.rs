@@ -41,7 +41,7 @@ pub(super) fn problems(study: &Study, task: &RingTask, part: Part, seed: u64) ->
         Part::Train => (Split::Train, study.labels.train),
         Part::Validation => (Split::Validation, study.labels.validation),
     };
-    (0..n as u64).map(|i| task.ring().problem(split, study.labels.seed + seed, i)).collect()
+    task.ring().problems(split, study.labels.seed + seed, n).collect()
 }
 
 /// The words of the task that mean the same.
