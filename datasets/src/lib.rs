@@ -4,6 +4,7 @@
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
 //! - [`Reasoning`]: AIME, GPQA, MMLU-Pro and MMLU-Redux.
+//! - [`live_code_bench`]: programming problems, and the judge that runs programs on their tests.
 //! - [`gsm8k`], [`arithmetic()`]: GSM8K and tables in its form as [`Arithmetic`] problems.
 //!
 //! A benchmark is read from a local folder or from the hub ([`nics_base::hub::Source`]), in JSONL, parquet or CSV and
@@ -24,6 +25,7 @@ mod choice;
 mod error;
 pub mod grading;
 mod layout;
+pub mod live_code_bench;
 mod reasoning;
 pub mod ring;
 mod table;

@@ -60,7 +60,12 @@ pub(crate) fn extension(path: &Path) -> Option<&str> {
     path.extension()?.to_str().filter(|e| matches!(*e, "jsonl" | "csv" | "parquet"))
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    /// A row that was read elsewhere.
+    pub(crate) fn new(path: &'a Path, number: usize, fields: Map<String, Value>) -> Self {
+        Self { path, number, fields }
+    }
+
     /// The number of the row, from 1.
     pub(crate) fn number(&self) -> usize {
         self.number
@@ -118,7 +123,11 @@ pub(crate) fn kind(value: &Value) -> &'static str {
     }
 }
 
-fn unreadable(path: &Path, format: &'static str, reason: &(impl ToString + ?Sized)) -> DatasetError {
+pub(crate) fn unreadable(
+    path: &Path,
+    format: &'static str,
+    reason: &(impl ToString + ?Sized),
+) -> DatasetError {
     DatasetError::Unreadable { path: path.to_owned(), format, reason: reason.to_string() }
 }
 

@@ -1,0 +1,37 @@
+//! The interpreter that runs programs.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::judge::JudgeError;
+
+const ASK: &str = "import platform, sys; print(sys.executable); print(platform.python_version())";
+
+/// An interpreter, found and asked for what it is.
+#[derive(Debug, Clone)]
+pub(super) struct Python {
+    /// The interpreter itself. What was named may be a shim: a script that starts it, and nothing is started in a sandbox.
+    pub(super) program: PathBuf,
+    /// E.g. `3.12.4`.
+    pub(super) version: String,
+}
+
+impl Python {
+    /// By its path, or by its name on `PATH`.
+    pub(super) fn find(named: &Path) -> Result<Self, JudgeError> {
+        let wrong = |reason: String| JudgeError::Python { named: named.to_owned(), reason };
+        let asked = Command::new(named).args(["-I", "-c", ASK]).stdin(Stdio::null()).output();
+        let asked = asked.map_err(|e| wrong(e.to_string()))?;
+        let said = String::from_utf8_lossy(&asked.stdout);
+        match said.lines().collect::<Vec<_>>()[..] {
+            [program, version] if asked.status.success() && Path::new(program).is_absolute() => {
+                Ok(Self { program: program.into(), version: version.to_owned() })
+            }
+            _ => {
+                let error = String::from_utf8_lossy(&asked.stderr);
+                let error = error.lines().last().unwrap_or("it printed something else").to_owned();
+                Err(wrong(format!("asked for its version, it ended with {}: {error}", asked.status)))
+            }
+        }
+    }
+}
