@@ -15,6 +15,13 @@ pub struct Hadamard {
     factors: Vec<Tensor>,
 }
 
+impl Clone for Hadamard {
+    fn clone(&self) -> Self {
+        // The factors never change, so that clones may share them.
+        Self { n: self.n, factors: self.factors.iter().map(Tensor::shallow_clone).collect() }
+    }
+}
+
 /// Sylvester matrices are applied in pieces of at most this order.
 const PIECE: i64 = 128;
 
@@ -121,7 +128,7 @@ impl Hadamard {
 
 /// Sylvester's matrix of order `n`, a power of two: `H[i][j] = (−1)^popcount(i & j)`.
 fn sylvester(n: i64) -> Result<Tensor> {
-    let entry = |at: i64| if (at / n & at % n).count_ones() % 2 == 0 { 1f32 } else { -1.0 };
+    let entry = |at: i64| if ((at / n) & (at % n)).count_ones() % 2 == 0 { 1f32 } else { -1.0 };
     Ok(Tensor::f_from_slice(&(0..n * n).map(entry).collect::<Vec<f32>>())?.f_reshape([n, n])?)
 }
 
