@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use nics_kernels::{Element, Isa, Kind, Pool, Values, ValuesMut};
 use pm_kvq::kernel::narrow::{halve_with, quantize_with};
-use pm_kvq::kernel::{Heads, PIECE, Page, PageView, Rows, attend_with};
+use pm_kvq::kernel::{Blocks, Heads, PIECE, Page, PageView, Rows, attend_with};
 use pm_kvq::shrink::{Shift, code, parameters};
 use pm_kvq::{Bits, pack};
 use proptest::prelude::*;
@@ -26,15 +26,19 @@ fn random(n: usize, seed: u64) -> Vec<f32> {
 enum Form {
     Codes(Bits),
     Exact(Kind),
+    Q8,
+    Q4,
 }
 
-const FORMS: [Form; 6] = [
+const FORMS: [Form; 8] = [
     Form::Codes(Bits::B8),
     Form::Codes(Bits::B4),
     Form::Codes(Bits::B2),
     Form::Exact(Kind::Bf16),
     Form::Exact(Kind::F16),
     Form::Exact(Kind::F32),
+    Form::Q8,
+    Form::Q4,
 ];
 
 /// Rows of a page, owned.
@@ -69,6 +73,24 @@ impl Owned {
             Form::Exact(Kind::F32) => new.meant = x.iter().map(|x| f64::from(*x)).collect(),
             Form::Exact(Kind::Bf16) => new.meant = new.bf16.iter().map(|x| f64::from(*x)).collect(),
             Form::Exact(Kind::F16) => new.meant = new.f16.iter().map(|x| f64::from(*x)).collect(),
+            Form::Q8 | Form::Q4 => {
+                for x in x.chunks_exact(32) {
+                    let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
+                    let levels = if matches!(form, Form::Q8) { 127.0 } else { 7.5 };
+                    let d = f16::from_f32(most / levels);
+                    new.codes.extend(d.to_le_bytes());
+                    let q: Vec<i8> =
+                        x.iter().map(|x| (x / d.to_f32()).round().clamp(-128.0, 127.0) as i8).collect();
+                    if matches!(form, Form::Q8) {
+                        new.codes.extend(q.iter().map(|q| q.cast_unsigned()));
+                        new.meant.extend(q.iter().map(|q| f64::from(*q) * f64::from(d)));
+                    } else {
+                        let q: Vec<u8> = q.iter().map(|q| (*q + 8).clamp(0, 15) as u8).collect();
+                        new.codes.extend((0..16).map(|j| q[j] | q[j + 16] << 4));
+                        new.meant.extend(q.iter().map(|q| (f64::from(*q) - 8.0) * f64::from(d)));
+                    }
+                }
+            }
             Form::Codes(bits) => {
                 let levels = bits.levels() as f32;
                 let codes: Vec<u8> = x.iter().map(|x| ((x + 1.0) / 2.0 * levels).round() as u8).collect();
@@ -96,6 +118,8 @@ impl Owned {
                 scales: &self.scales,
                 zeros: &self.zeros,
             }),
+            Form::Q8 => Rows::Blocks(Blocks::Q8(&self.codes)),
+            Form::Q4 => Rows::Blocks(Blocks::Q4(&self.codes)),
             Form::Exact(Kind::F32) => Rows::Exact(Values::F32(&self.f32)),
             Form::Exact(Kind::Bf16) => Rows::Exact(Values::Bf16(&self.bf16)),
             Form::Exact(Kind::F16) => Rows::Exact(Values::F16(&self.f16)),
@@ -160,7 +184,10 @@ proptest! {
             pages[0].0 = pages[0].0.max(1);
             (0..keys).flat_map(|head| pages.iter().enumerate().map(move |(p, (tokens, k, v))| {
                 let seed = seed ^ ((s * 1000 + head * 100 + p * 10) as u64) << 8;
-                (Owned::new(FORMS[*k], *tokens, dim, size, seed), Owned::new(FORMS[*v], *tokens, dim, size, seed ^ 1))
+                // Blocks of 32 fill rows, or there are none.
+                let forms = if dim % 32 == 0 { FORMS.len() } else { FORMS.len() - 2 };
+                let (k, v) = (FORMS[k % forms], FORMS[v % forms]);
+                (Owned::new(k, *tokens, dim, size, seed), Owned::new(v, *tokens, dim, size, seed ^ 1))
             }).collect::<Vec<_>>()).collect()
         }).collect();
         let views: Vec<Vec<Page>> = stored.iter().map(pages).collect();

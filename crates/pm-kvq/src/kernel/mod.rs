@@ -24,6 +24,7 @@ pub mod narrow;
 #[cfg(target_arch = "x86_64")]
 mod piece;
 mod plain;
+mod rows;
 #[cfg(target_arch = "x86_64")]
 mod source;
 #[cfg(target_arch = "x86_64")]
@@ -34,134 +35,8 @@ use std::ops::Range;
 
 use nics_kernels::attention::put_together;
 pub use nics_kernels::attention::{Heads, PIECE};
-use nics_kernels::{Isa, Kind, Pool, Values, ValuesMut, each_kind};
-
-use crate::Bits;
-
-/// Codes of up to a page's tokens of one key/value head.
-#[derive(Debug, Clone, Copy)]
-pub struct PageView<'a> {
-    /// Their width: 8, 4 or 2 bits.
-    pub bits: Bits,
-    /// How many tokens.
-    pub tokens: usize,
-    /// `[tokens, head_dim]`, in the native layout of [`crate::pack`].
-    pub codes: &'a [u8],
-    /// `[tokens, head_dim / group]`.
-    pub scales: &'a [f32],
-    /// Of the shape of `scales`; `x̂ = code · s − z`.
-    pub zeros: &'a [f32],
-}
-
-/// Keys or values of some tokens of one key/value head.
-#[derive(Debug, Clone, Copy)]
-pub enum Rows<'a> {
-    /// As codes.
-    Codes(PageView<'a>),
-    /// As numbers, `[tokens, head_dim]`: the first tokens, the window, and pages that were never quantized.
-    Exact(Values<'a>),
-}
-
-impl<'a> Rows<'a> {
-    /// Exact rows that lie in a page of bytes, as bf16 or f16.
-    ///
-    /// # Panics
-    /// When the bytes are not whole, aligned values, or `kind` is another.
-    pub fn of_bytes(bytes: &'a [u8], kind: Kind) -> Self {
-        fn whole<T>(bytes: &[u8]) -> &[T] {
-            // SAFETY: bf16 and f16 are sixteen bits of which every pattern is a value.
-            let (before, values, after) = unsafe { bytes.align_to::<T>() };
-            assert!(before.is_empty() && after.is_empty(), "16-bit rows in bytes that are not whole values");
-            values
-        }
-        Self::Exact(match kind {
-            Kind::Bf16 => Values::Bf16(whole(bytes)),
-            Kind::F16 => Values::F16(whole(bytes)),
-            Kind::F32 => panic!("16-bit rows are bf16 or f16, not f32"),
-        })
-    }
-
-    /// How many tokens.
-    pub fn tokens(&self, head_dim: usize) -> usize {
-        match self {
-            Self::Codes(page) => page.tokens,
-            Self::Exact(rows) => rows.len() / head_dim,
-        }
-    }
-
-    /// Where they lie.
-    #[cfg(target_arch = "x86_64")]
-    fn bytes(&self) -> &'a [u8] {
-        match self {
-            Self::Codes(page) => page.codes,
-            Self::Exact(rows) => each_kind!(rows, Values, rows => {
-                // SAFETY: the bytes of numbers.
-                unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(*rows)) }
-            }),
-        }
-    }
-
-    fn check(&self, head_dim: usize) {
-        match self {
-            Self::Codes(PageView { bits, tokens, codes, scales, zeros }) => {
-                assert!(
-                    *bits != Bits::B16,
-                    "codes of 16 bits are not attended; dequantize them into exact rows"
-                );
-                assert!(head_dim.is_multiple_of(4), "rows of {head_dim} codes do not fill bytes");
-                assert_eq!(codes.len(), bits.bytes(tokens * head_dim), "bytes of codes for {tokens} tokens");
-                let groups = scales.len().checked_div(*tokens).unwrap_or(0);
-                let whole = *tokens == 0 || groups > 0 && head_dim.is_multiple_of(groups);
-                assert!(
-                    whole && scales.len() == tokens * groups && zeros.len() == scales.len(),
-                    "{} scales and {} zeros are not [{tokens}, {head_dim} / group]",
-                    scales.len(),
-                    zeros.len()
-                );
-            }
-            Self::Exact(rows) => {
-                assert!(
-                    rows.len().is_multiple_of(head_dim),
-                    "{} values are no rows of {head_dim}",
-                    rows.len()
-                );
-            }
-        }
-    }
-
-    /// The tokens `from .. to` alone.
-    fn part(&self, head_dim: usize, from: usize, to: usize) -> Self {
-        match *self {
-            Self::Codes(page) => {
-                let (row, groups) = (page.bits.bytes(head_dim), page.scales.len() / page.tokens);
-                Self::Codes(PageView {
-                    tokens: to - from,
-                    codes: &page.codes[from * row..to * row],
-                    scales: &page.scales[from * groups..to * groups],
-                    zeros: &page.zeros[from * groups..to * groups],
-                    ..page
-                })
-            }
-            Self::Exact(rows) => {
-                let range = from * head_dim..to * head_dim;
-                Self::Exact(match rows {
-                    Values::F32(x) => Values::F32(&x[range]),
-                    Values::Bf16(x) => Values::Bf16(&x[range]),
-                    Values::F16(x) => Values::F16(&x[range]),
-                })
-            }
-        }
-    }
-}
-
-/// Keys and values of the same tokens of one key/value head.
-#[derive(Debug, Clone, Copy)]
-pub struct Page<'a> {
-    /// Keys, rotated.
-    pub keys: Rows<'a>,
-    /// Values.
-    pub values: Rows<'a>,
-}
+use nics_kernels::{Isa, Pool, Values, ValuesMut, each_kind};
+pub use rows::{Blocks, Page, PageView, Rows};
 
 /// Decode attention: softmax of `scale · q kᵀ` over all kept tokens, times `v`; one row for each of `sequences`.
 ///

@@ -6,9 +6,9 @@ use half::{bf16, f16};
 use nics_kernels::lanes::{Avx2, Avx512};
 use nics_kernels::{Isa, Values};
 
-use super::source::{Codes2, Codes4, Codes8, Numbers, Source};
+use super::source::{Blocks4, Blocks8, Codes2, Codes4, Codes8, Numbers, Source};
 use super::tile::{Stored, Tiles};
-use super::{Page, PageView, Rows};
+use super::{Blocks, Page, PageView, Rows};
 use crate::{Bits, pack};
 
 /// What a piece computes in; kept from one to the next.
@@ -45,7 +45,7 @@ impl Format {
         match rows {
             Rows::Codes(page) => Self::Codes(page.bits),
             Rows::Exact(Values::Bf16(_)) => Self::Pairs,
-            Rows::Exact(_) => Self::Natural,
+            Rows::Exact(_) | Rows::Blocks(_) => Self::Natural,
         }
     }
 
@@ -83,6 +83,7 @@ fn with<L: Tiles>(q: &[f32], pages: &[Page<'_>], dim: usize, part: &mut [f32]) -
 /// Whether rows are whole blocks, and every vector's channels share a scale.
 fn fits<L: Tiles>(dim: usize, rows: &Rows) -> bool {
     let Rows::Codes(PageView { bits, tokens, scales, .. }) = rows else {
+        // Blocks of 32 are refused at the entry where they do not fill rows.
         return dim.is_multiple_of(2 * L::N);
     };
     let group = dim / (scales.len() / tokens);
@@ -118,19 +119,29 @@ macro_rules! each_source {
                     Bits::B16 => unreachable!("refused at the entry"),
                 }
             }
+            Rows::Blocks(Blocks::Q8(rows)) => {
+                type $S = Blocks8;
+                let $stored = Stored::rows(rows, $dim / 32 * 34);
+                $body
+            }
+            Rows::Blocks(Blocks::Q4(rows)) => {
+                type $S = Blocks4;
+                let $stored = Stored::rows(rows, $dim / 32 * 18);
+                $body
+            }
             Rows::Exact(Values::F32(rows)) => {
                 type $S = Numbers<f32>;
-                let $stored = Stored::numbers(rows, $dim);
+                let $stored = Stored::rows(rows, $dim);
                 $body
             }
             Rows::Exact(Values::Bf16(rows)) => {
                 type $S = Numbers<bf16>;
-                let $stored = Stored::numbers(rows, $dim);
+                let $stored = Stored::rows(rows, $dim);
                 $body
             }
             Rows::Exact(Values::F16(rows)) => {
                 type $S = Numbers<f16>;
-                let $stored = Stored::numbers(rows, $dim);
+                let $stored = Stored::rows(rows, $dim);
                 $body
             }
         }

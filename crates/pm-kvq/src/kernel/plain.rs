@@ -48,6 +48,15 @@ fn each_row<'a>(rows: impl Iterator<Item = Rows<'a>>, dim: usize, mut take: impl
                     take(&row);
                 }
             }
+            Rows::Blocks(blocks) => {
+                let (bytes, block) = blocks.parts();
+                for token in bytes.chunks_exact(dim / 32 * block) {
+                    for (x, block) in row.chunks_exact_mut(32).zip(token.chunks_exact(block)) {
+                        x.copy_from_slice(&blocks.dequantize(block));
+                    }
+                    take(&row);
+                }
+            }
             Rows::Exact(values) => each_kind!(values, Values, values => {
                 for values in values.chunks_exact(dim) {
                     row.iter_mut().zip(values).for_each(|(x, v)| *x = Element::to_f32(*v));

@@ -27,6 +27,14 @@ pub unsafe trait Unpack: Lanes {
     unsafe fn code2(bytes: Self::I, n: usize) -> Self::V;
     /// The sum of each of four vectors.
     unsafe fn sums4(v: [Self::V; 4]) -> [f32; 4];
+    /// `N` signed bytes.
+    unsafe fn signed(at: *const u8) -> Self::V;
+    /// `(code − 8) d` of codes of 4 bits at bits `4 n`.
+    unsafe fn centred(bytes: Self::I, n: usize, d: Self::V) -> Self::V;
+    /// The same number of half precision in all lanes.
+    unsafe fn scale(at: *const u8) -> Self::V;
+    /// Product.
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
 }
 
 // SAFETY (in the functions): instructions and pointers are the caller's promise.
@@ -85,6 +93,25 @@ unsafe impl Unpack for Avx512 {
             all
         }
     }
+    #[inline(always)]
+    unsafe fn signed(at: *const u8) -> Self::V {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn centred(bytes: Self::I, n: usize, d: Self::V) -> Self::V {
+        unsafe { _mm512_mul_ps(_mm512_sub_ps(Self::code4(bytes, n), _mm512_set1_ps(8.0)), d) }
+    }
+    #[inline(always)]
+    unsafe fn scale(at: *const u8) -> Self::V {
+        unsafe {
+            let bits = u16::from_le_bytes([*at, *at.add(1)]);
+            _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
 }
 
 // SAFETY (in the functions): instructions and pointers are the caller's promise.
@@ -131,6 +158,25 @@ unsafe impl Unpack for Avx2 {
             _mm_storeu_ps(all.as_mut_ptr(), sums);
             all
         }
+    }
+    #[inline(always)]
+    unsafe fn signed(at: *const u8) -> Self::V {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn centred(bytes: Self::I, n: usize, d: Self::V) -> Self::V {
+        unsafe { _mm256_mul_ps(_mm256_sub_ps(Self::code4(bytes, n), _mm256_set1_ps(8.0)), d) }
+    }
+    #[inline(always)]
+    unsafe fn scale(at: *const u8) -> Self::V {
+        unsafe {
+            let bits = u16::from_le_bytes([*at, *at.add(1)]);
+            _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { _mm256_mul_ps(a, b) }
     }
 }
 
@@ -238,5 +284,48 @@ unsafe impl<L: Unpack, T: Weight> Source<L> for Numbers<T> {
     }
     fn channel(_: usize, block: usize, n: usize, lane: usize) -> usize {
         2 * L::N * block + if T::PAIRED { 2 * lane + n } else { n * L::N + lane }
+    }
+}
+
+/// Blocks of 32 signed codes of 8 bits behind their scale.
+pub struct Blocks8;
+/// Blocks of 32 codes of 4 bits behind their scale.
+pub struct Blocks4;
+
+// SAFETY (in the functions): instructions and pointers are the caller's promise.
+unsafe impl<L: Unpack> Source<L> for Blocks8 {
+    const PARTS: usize = 32 / L::N;
+    const BYTES: usize = 34;
+    type Raw = (*const u8, L::V);
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Self::Raw {
+        unsafe { (at.add(2), L::scale(at)) }
+    }
+    #[inline(always)]
+    unsafe fn part((at, d): Self::Raw, n: usize) -> L::V {
+        unsafe { L::mul(L::signed(at.add(n * L::N)), d) }
+    }
+    fn channel(_: usize, block: usize, n: usize, lane: usize) -> usize {
+        32 * block + n * L::N + lane
+    }
+}
+
+// SAFETY (in the functions): instructions and pointers are the caller's promise.
+unsafe impl<L: Unpack> Source<L> for Blocks4 {
+    const PARTS: usize = 32 / L::N;
+    const BYTES: usize = 18;
+    type Raw = (*const u8, L::V);
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Self::Raw {
+        unsafe { (at.add(2), L::scale(at)) }
+    }
+    #[inline(always)]
+    unsafe fn part((at, d): Self::Raw, n: usize) -> L::V {
+        // The low halves of all bytes, then the high ones.
+        let vectors = 16 / L::N;
+        unsafe { L::centred(L::bytes(at.add(n % vectors * L::N)), n / vectors, d) }
+    }
+    fn channel(_: usize, block: usize, n: usize, lane: usize) -> usize {
+        32 * block + n * L::N + lane
     }
 }

@@ -38,19 +38,12 @@ impl<'a> Stored<'a> {
         Self { at, row, tokens, scales, zeros, groups: scales.len() / tokens, next: [&[]; 2] }
     }
 
-    /// Numbers.
-    pub fn numbers<T>(rows: &'a [T], dim: usize) -> Self {
-        let tokens = rows.len() / dim;
-        assert!(tokens > 0 && rows.len() == tokens * dim);
-        Self {
-            at: rows.as_ptr().cast(),
-            row: dim * size_of::<T>(),
-            tokens,
-            scales: &[],
-            zeros: &[],
-            groups: 0,
-            next: [&[]; 2],
-        }
+    /// Rows of `row` numbers or bytes each, without scales of their own.
+    pub fn rows<T>(rows: &'a [T], row: usize) -> Self {
+        let tokens = rows.len() / row;
+        assert!(tokens > 0 && rows.len() == tokens * row);
+        let at = rows.as_ptr().cast();
+        Self { at, row: row * size_of::<T>(), tokens, scales: &[], zeros: &[], groups: 0, next: [&[]; 2] }
     }
 
     /// The same, before `next`.
