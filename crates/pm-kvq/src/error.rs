@@ -42,6 +42,26 @@ pub enum Error {
         /// Their width.
         bits: Bits,
     },
+    /// A budget that the exact tokens alone do not fit.
+    #[error(
+        "a budget of {given} bytes a layer does not hold its sink and window, which take {needed}; raise it or take a smaller window"
+    )]
+    BudgetTooSmallForWindow {
+        /// Bytes of sink and window.
+        needed: u64,
+        /// Bytes of the budget.
+        given: u64,
+    },
+    /// A budget that not even the narrowest widths fit.
+    #[error(
+        "a budget of {given:.0} bytes is infeasible: the narrowest widths take {needed:.0}; raise it or allow narrower widths"
+    )]
+    InfeasibleBudget {
+        /// Bytes of the narrowest widths.
+        needed: f64,
+        /// Bytes of the budget.
+        given: f64,
+    },
     /// Keys or values that are no numbers.
     #[error("layer {layer}: keys or values are not finite; the model or its dtype is at fault")]
     NonFiniteInput {

@@ -7,11 +7,14 @@
 //! a first-order sensitivity; outliers of the keys are moved into the queries by scales that are calibrated with
 //! stretched positions. No weight is trained again.
 
+pub mod allocate;
 pub mod answers;
 pub mod baselines;
 pub mod bits;
+pub mod budget;
 mod error;
 pub mod kernel;
+pub mod ledger;
 pub mod pack;
 pub mod quantize;
 pub mod shrink;

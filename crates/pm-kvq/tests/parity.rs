@@ -5,10 +5,17 @@
 mod formats;
 #[path = "parity/kit.rs"]
 mod kit;
+#[path = "parity/models.rs"]
+mod models;
 #[path = "parity/numbers.rs"]
 mod numbers;
+#[path = "parity/rivals.rs"]
+mod rivals;
 #[path = "parity/text.rs"]
 mod text;
+
+#[path = "parity/plan.rs"]
+mod plan;
 
 use nics_core::golden::Kinds;
 
@@ -18,6 +25,12 @@ pub const KINDS: Kinds = Kinds {
         "01_fake_quant",
         "02_pack_dequant",
         "03_shrink",
+        "05_schedule",
+        "06_plain_llama",
+        "06_plain_qwen2",
+        "13_baselines_llama",
+        "13_baselines_qwen2",
+        "14_allocation",
         "15_hadamard",
         "16_answer_text",
         "17_everyday_baselines",
@@ -31,9 +44,6 @@ pub const KINDS: Kinds = Kinds {
         "04_cache_exhaust_f32",
         "04_cache_init4_bf16",
         "04_cache_init4_f32",
-        "05_schedule",
-        "06_plain_llama",
-        "06_plain_qwen2",
         "07_progressive_fake_exhaust_qwen2",
         "07_progressive_fake_llama",
         "07_progressive_fake_qwen2",
@@ -47,9 +57,6 @@ pub const KINDS: Kinds = Kinds {
         "11_search_qwen2",
         "12_pmkvq_full_llama",
         "12_pmkvq_full_qwen2",
-        "13_baselines_llama",
-        "13_baselines_qwen2",
-        "14_allocation",
     ],
     parts: &[
         "README.md",
