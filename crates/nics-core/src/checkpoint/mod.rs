@@ -32,7 +32,7 @@ use serde_json::{Map, Value};
 
 pub use error::CheckpointError;
 pub use path::{TensorPath, Transform};
-pub use save::{DEFAULT_SHARD_BYTES, save};
+pub use save::{DEFAULT_SHARD_BYTES, note, save, save_file};
 
 pub(crate) use files::{read_bounded, read_object};
 

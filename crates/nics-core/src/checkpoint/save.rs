@@ -1,15 +1,18 @@
 //! Writing a checkpoint that transformers loads.
 
-use std::collections::HashSet;
-use std::io::Write;
+use std::collections::{HashMap, HashSet};
+use std::io::{Read, Write};
 use std::path::Path;
 
 use nics_base::artefact::{AtomicDir, AtomicFile, write_atomic};
 use safetensors::Dtype;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
+use super::files::open_regular;
+use super::header::MAX_HEADER;
 
 /// The shard size of transformers' `save_pretrained`.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -38,6 +41,66 @@ pub fn save(
     if !config.is_object() {
         return Err(refuse("the configuration is not a JSON object".to_owned()));
     }
+    let items = items(dir, tensors)?;
+    if items.is_empty() {
+        return Err(refuse("there are no tensors".to_owned()));
+    }
+    if dir.symlink_metadata().is_ok() {
+        return write_into(dir, items, config, max_shard_bytes);
+    }
+    let folder = AtomicDir::create(dir)?;
+    write_into(folder.path(), items, config, max_shard_bytes)?;
+    folder.commit()?;
+    Ok(())
+}
+
+/// Writes tensors into one safetensors file that appears whole or not at all, with notes in its metadata; [`note`] reads
+/// them. Equal tensors and notes give equal bytes.
+///
+/// # Errors
+/// Names that are empty or doubled, a dtype that the format does not have, or a file that cannot be written.
+pub fn save_file(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+    notes: &[(&str, &str)],
+) -> Result<(), CheckpointError> {
+    write_file(path, &items(path, tensors)?, notes)
+}
+
+/// A note in the metadata of a safetensors file, as [`save_file`] writes it; `None` when there is none of that name.
+///
+/// # Errors
+/// A file that cannot be read, or is no safetensors file.
+pub fn note(path: &Path, name: &str) -> Result<Option<String>, CheckpointError> {
+    #[derive(Deserialize)]
+    struct Header {
+        #[serde(rename = "__metadata__")]
+        notes: Option<HashMap<String, String>>,
+    }
+    let bad = |detail: String| CheckpointError::BadHeader { path: path.to_owned(), detail };
+    let (mut file, len) = open_regular(path)?;
+    let unreadable = |source| CheckpointError::Unreadable { path: path.to_owned(), source };
+    let mut prefix = [0; 8];
+    if len < 8 {
+        return Err(bad(format!("its {len} bytes are no safetensors file")));
+    }
+    file.read_exact(&mut prefix).map_err(unreadable)?;
+    let header_len = u64::from_le_bytes(prefix);
+    if header_len > MAX_HEADER || header_len > len - 8 {
+        return Err(bad(format!("its header of {header_len} bytes does not fit the file of {len}")));
+    }
+    let mut header = vec![0; header_len as usize];
+    file.read_exact(&mut header).map_err(unreadable)?;
+    let header: Header = serde_json::from_slice(&header).map_err(|e| bad(format!("its header: {e}")))?;
+    Ok(header.notes.and_then(|mut notes| notes.remove(name)))
+}
+
+/// Tensors with what their place in a file is made from.
+fn items(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+) -> Result<Vec<Item>, CheckpointError> {
+    let refuse = |reason: String| CheckpointError::Unsavable { path: path.to_owned(), reason };
     let mut names = HashSet::new();
     let mut items = Vec::new();
     for (name, tensor) in tensors {
@@ -51,16 +114,7 @@ pub fn save(
         let bytes = (tensor.numel() * kind.elt_size_in_bytes()) as u64;
         items.push(Item { name, tensor, dtype, bytes });
     }
-    if items.is_empty() {
-        return Err(refuse("there are no tensors".to_owned()));
-    }
-    if dir.symlink_metadata().is_ok() {
-        return write_into(dir, items, config, max_shard_bytes);
-    }
-    let folder = AtomicDir::create(dir)?;
-    write_into(folder.path(), items, config, max_shard_bytes)?;
-    folder.commit()?;
-    Ok(())
+    Ok(items)
 }
 
 fn write_into(
@@ -73,13 +127,13 @@ fn write_into(
     let shards = split(items, max_shard_bytes);
     let mut written = HashSet::new();
     if let [only] = shards.as_slice() {
-        write_file(&dir.join("model.safetensors"), only)?;
+        write_file(&dir.join("model.safetensors"), only, &[])?;
         written.insert("model.safetensors".to_owned());
     } else {
         let mut weight_map = Map::new();
         for (at, shard) in shards.iter().enumerate() {
             let name = format!("model-{:05}-of-{:05}.safetensors", at + 1, shards.len());
-            write_file(&dir.join(&name), shard)?;
+            write_file(&dir.join(&name), shard, &[])?;
             weight_map.extend(shard.iter().map(|i| (i.name.clone(), Value::from(name.as_str()))));
             written.insert(name);
         }
@@ -131,12 +185,16 @@ fn remove_older(dir: &Path, written: &HashSet<String>) -> Result<(), CheckpointE
 }
 
 /// Writes one safetensors file: length, header padded with blanks to 8 bytes, data.
-fn write_file(path: &Path, items: &[Item]) -> Result<(), CheckpointError> {
+fn write_file(path: &Path, items: &[Item], notes: &[(&str, &str)]) -> Result<(), CheckpointError> {
     let mut items: Vec<&Item> = items.iter().collect();
     // Widest dtype first: with the padded header every element is aligned.
     items.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     let mut header = Map::new();
-    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut metadata = json!({"format": "pt"});
+    for (name, note) in notes {
+        metadata[*name] = Value::from(*note);
+    }
+    header.insert("__metadata__".to_owned(), metadata);
     let mut at = 0;
     for item in &items {
         let end = at + item.bytes;
