@@ -26,6 +26,7 @@
 
 use std::any::Any;
 use std::io::{self, IsTerminal};
+use std::num::NonZero;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -79,6 +80,28 @@ impl ShardArg {
             Some(shard) => Ok(shard),
             None => Ok(Shard::from_env()?.unwrap_or(Shard::WHOLE)),
         }
+    }
+}
+
+/// `--run-code` and what goes with it.
+#[derive(Debug, Clone, Args)]
+pub struct CodeArgs {
+    /// Run the programs that a model wrote, each in a process under limits on time, memory, files and network
+    #[arg(long)]
+    pub run_code: bool,
+    /// The Python that runs them: a path, or a name on PATH
+    #[arg(long, value_name = "PATH", default_value = "python3")]
+    pub python: PathBuf,
+    /// Programs that run at a time; default: one for every two processors
+    #[arg(long, value_name = "N")]
+    pub code_jobs: Option<NonZero<usize>>,
+}
+
+impl CodeArgs {
+    /// Programs that run at a time. Twice as many would share processors and could be too slow for their time limit.
+    pub fn jobs(&self) -> NonZero<usize> {
+        let processors = || std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.code_jobs.unwrap_or_else(|| NonZero::new(processors() / 2).unwrap_or(NonZero::<usize>::MIN))
     }
 }
 
@@ -266,6 +289,8 @@ mod tests {
         #[command(flatten)]
         shard: ShardArg,
         #[command(flatten)]
+        code: CodeArgs,
+        #[command(flatten)]
         log: LogArgs,
     }
 
@@ -275,6 +300,9 @@ mod tests {
         All::command().debug_assert();
         let args = All::parse_from(["x", "--seed", "7", "-o", "a", "--json", "--shard", "1/4", "-vv"]);
         assert_eq!((args.seed.seed, args.json.json, args.log.verbose), (7, true, 2));
+        assert!(
+            !args.code.run_code && args.code.python == Path::new("python3") && args.code.jobs().get() >= 1
+        );
         assert_eq!(args.shard.resolve().unwrap(), Shard::new(1, 4).unwrap());
         assert_eq!(args.out.out, Some("a".into()));
         let e = All::try_parse_from(["x", "--shard", "4/4"]).unwrap_err().to_string();

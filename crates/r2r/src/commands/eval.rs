@@ -1,24 +1,29 @@
 //! `r2r eval`.
 
+mod judged;
+mod set;
+
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nics_base::ci;
-use nics_base::hub::{Hub, Source};
+use nics_base::cli::CodeArgs;
 use nics_base::interrupt::Interrupt;
 use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
 use nics_core::cli::{SamplingArgs, SeedArg};
 use nics_core::template::Message;
-use nics_datasets::Reasoning;
+use nics_datasets::live_code_bench::{Date, Release, Window, day};
 use r2r::decode::{MeanParameters, Request, TokenEvent, Usage, run};
-use r2r::evaluation::{Question, pass_at_k, questions};
+use r2r::evaluation::{Question, pass_at_k};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use self::judged::Programs;
+use self::set::{Asked, Set};
 use super::opened::{Opened, PairArgs};
 use super::written::{Colour, Written};
 
@@ -26,6 +31,9 @@ use super::written::{Colour, Written};
 ///
 /// Every sample is a line of OUT/items.jsonl, written as it is finished; a second run goes on with what is missing. The
 /// figures are OUT/rows.jsonl.
+///
+/// LiveCodeBench asks for programs. They are run, with --run-code alone, when all replies are written, and what became of each
+/// is a line of OUT/judged.jsonl; without it nothing is scored, and the same command with it goes on from there.
 #[derive(Args)]
 pub struct Eval {
     #[command(flatten)]
@@ -34,12 +42,23 @@ pub struct Eval {
     sampling: SamplingArgs,
     #[command(flatten)]
     seed: SeedArg,
-    /// Benchmark: aime, gpqa-diamond, mmlu-pro, mmlu-redux
+    /// Benchmark: aime, gpqa-diamond, mmlu-pro, mmlu-redux, livecodebench
     #[arg(long, value_name = "NAME")]
-    dataset: Reasoning,
-    /// Where it is: a folder, or a dataset's hub id; default: its own on the hub
+    dataset: Set,
+    /// Where it is: a folder, or a dataset's hub id, for livecodebench also a file; default: its own on the hub
     #[arg(long, value_name = "FOLDER|ID")]
     source: Option<String>,
+    /// livecodebench: which of its files, such as v6, v4_v5 or release_v5
+    #[arg(long, value_name = "NAME", default_value = "v4_v5")]
+    release: Release,
+    /// livecodebench: problems of contests from this day on
+    #[arg(long, value_name = "YYYY-MM-DD", value_parser = day)]
+    from: Option<Date>,
+    /// livecodebench: problems of contests up to this day
+    #[arg(long, value_name = "YYYY-MM-DD", value_parser = day)]
+    to: Option<Date>,
+    #[command(flatten)]
+    code: CodeArgs,
     /// The first N questions alone
     #[arg(long, value_name = "N", value_parser = nics_core::cli::at_least_one)]
     limit: Option<usize>,
@@ -70,7 +89,8 @@ struct Item {
     sample: usize,
     answer: Option<String>,
     gold: String,
-    correct: bool,
+    /// None for a program that was not judged.
+    correct: Option<bool>,
     finish: String,
     text: String,
     usage: Usage,
@@ -78,14 +98,11 @@ struct Item {
 
 impl Eval {
     pub fn run(self, quiet: bool) -> Result<()> {
-        let source = match &self.source {
-            Some(given) if PathBuf::from(given).is_dir() => Source::folder(given),
-            Some(id) => Hub::from_env().resolve_dataset(id)?,
-            None => Hub::from_env().resolve_dataset(self.dataset.hub_id())?,
-        };
-        let mut asked = questions(self.dataset, &self.dataset.load(&source)?)?;
-        asked.truncate(self.limit.unwrap_or(usize::MAX));
+        let window = Window { from: self.from, to: self.to };
+        let Asked { questions: asked, problems } =
+            self.dataset.load(self.source.as_deref(), &self.release, window, self.limit)?;
         unique(&asked)?;
+        let programs = Programs::prepare(self.dataset, &problems, &self.code)?;
         let opened = Opened::open(&self.pair, self.seed.seed)?;
         let settings = self.settings(&opened)?;
         std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;
@@ -163,6 +180,7 @@ impl Eval {
         let speed = (done.is_empty() && written > 0).then(|| written as f64 / begun.elapsed().as_secs_f64());
         let wanted: HashSet<&str> = asked.iter().map(|q| q.id.as_str()).collect();
         items.retain(|item| wanted.contains(item.id.as_str()) && item.sample < self.repeat);
+        programs.judge(&mut items, &self.code, &self.out, quiet, &interrupt)?;
         let rows = self.rows(&opened, &items, speed);
         row::write(self.out.join("rows.jsonl"), &rows)?;
         for row in &rows {
@@ -175,7 +193,7 @@ impl Eval {
     /// A hash of what decides a sample beside its question and its number.
     fn settings(&self, opened: &Opened) -> Result<String> {
         let said = json!({
-            "dataset": self.dataset, "small": self.pair.small, "large": self.pair.large.large.to_string(),
+            "dataset": self.dataset.name(), "small": self.pair.small, "large": self.pair.large.large.to_string(),
             "router": self.pair.router, "policy": opened.policy, "seed": self.seed.seed,
             "sampling": format!("{:?}", self.sampling), "dtype": self.pair.run_on.dtype.to_string(),
             "device": self.pair.run_on.device.to_string(),
@@ -203,19 +221,24 @@ impl Eval {
             higher_is_better,
             ..base.clone()
         };
-        let correct = items.iter().filter(|i| i.correct).count() as u64;
         let mean = |sum: u64| sum as f64 / n.max(1) as f64;
-        let mut rows =
-            vec![Row { ci: Some(ci::wilson(correct, n)), ..row("accuracy", mean(correct), "", true) }];
-        if self.repeat > 1 {
-            let mut of: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-            for item in items {
-                let (all, right) = of.entry(&item.id).or_default();
-                (*all, *right) = (*all + 1, *right + u64::from(item.correct));
+        let mut rows = Vec::new();
+        // Nobody's accuracy is known while a reply is not judged.
+        let judged: Option<Vec<bool>> = items.iter().map(|item| item.correct).collect();
+        if let Some(judged) = judged {
+            let correct = judged.iter().filter(|right| **right).count() as u64;
+            let ci = Some(ci::wilson(correct, n));
+            rows.push(Row { ci, ..row("accuracy", mean(correct), "", true) });
+            if self.repeat > 1 {
+                let mut of: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+                for (item, right) in items.iter().zip(judged) {
+                    let (all, correct) = of.entry(&item.id).or_default();
+                    (*all, *correct) = (*all + 1, *correct + u64::from(right));
+                }
+                let k = self.repeat as u64;
+                let sum: f64 = of.values().map(|&(all, right)| pass_at_k(all, right, k)).sum();
+                rows.push(row(&format!("pass@{k}"), sum / of.len().max(1) as f64, "", true));
             }
-            let k = self.repeat as u64;
-            let sum: f64 = of.values().map(|&(all, right)| pass_at_k(all, right, k)).sum();
-            rows.push(row(&format!("pass@{k}"), sum / of.len().max(1) as f64, "", true));
         }
         rows.push(row("large-model share", usage.large_share(), "", false));
         rows.push(row("tokens a reply", mean(usage.tokens()), "tokens", false));

@@ -12,4 +12,4 @@ pub use extract::{AnswerKind, boxed, choice, fenced_code, graded_part, is_correc
 pub use mersenne::{OptionShuffle, SHUFFLE_SEED};
 pub use nics_datasets::grading::{last_fenced_code, pass_at_k};
 pub use prompts::{aime, gpqa, live_code_bench, mmlu_pro};
-pub use set::{Question, questions};
+pub use set::{Question, programs, questions};

@@ -1,10 +1,11 @@
 //! Public benchmarks as questions that can be asked and graded.
 
+use nics_datasets::live_code_bench::Problem;
 use nics_datasets::{Reasoned, Reasoning};
 
 use super::{
-    AnswerKind, OptionShuffle, SHUFFLE_SEED, aime, boxed, choice, gpqa, graded_part, is_correct, lone_letter,
-    mmlu_pro,
+    AnswerKind, OptionShuffle, SHUFFLE_SEED, aime, boxed, choice, gpqa, graded_part, is_correct,
+    last_fenced_code, live_code_bench, lone_letter, mmlu_pro,
 };
 use crate::{Error, Result};
 
@@ -17,24 +18,27 @@ pub struct Question {
     pub subject: String,
     /// The text of the user's turn.
     pub prompt: String,
-    /// The right answer.
+    /// The right answer; empty where tests decide.
     pub gold: String,
     /// How an answer is found and compared.
     pub kind: AnswerKind,
 }
 
 impl Question {
-    /// The answer that a reply gives, if it gives one, and whether it is right.
-    pub fn grade(&self, reply: &str) -> (Option<String>, bool) {
+    /// The answer that a reply gives, if it gives one, and whether it is right: of a program only its tests can tell.
+    pub fn grade(&self, reply: &str) -> (Option<String>, Option<bool>) {
         let part = graded_part(reply);
         let answer = match self.kind {
             AnswerKind::Boxed => boxed(part),
             AnswerKind::Choice => choice(part),
             AnswerKind::LongChoice => lone_letter(part),
-            // Judged by running it, never here.
-            AnswerKind::Program => None,
+            AnswerKind::Program => Some(last_fenced_code(part)).filter(|program| !program.trim().is_empty()),
         };
-        let right = answer.as_deref().is_some_and(|answer| is_correct(self.kind, answer, &self.gold));
+        let right = match (&answer, self.kind) {
+            (None, _) => Some(false),
+            (Some(_), AnswerKind::Program) => None,
+            (Some(answer), kind) => Some(is_correct(kind, answer, &self.gold)),
+        };
         (answer, right)
     }
 }
@@ -69,6 +73,18 @@ pub fn questions(benchmark: Reasoning, rows: &[Reasoned]) -> Result<Vec<Question
     rows.iter().map(question).collect()
 }
 
+/// Turns problems into questions that ask for a program.
+pub fn programs(problems: &[Problem]) -> Vec<Question> {
+    let question = |problem: &Problem| Question {
+        id: problem.id.clone(),
+        subject: problem.difficulty.clone(),
+        prompt: live_code_bench(&problem.question, problem.starter.as_deref()),
+        gold: String::new(),
+        kind: AnswerKind::Program,
+    };
+    problems.iter().map(question).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,7 +107,7 @@ mod tests {
         for q in &asked {
             let line = q.prompt.lines().find(|l| l.contains("right")).unwrap();
             assert!(line.trim_start().starts_with(&q.gold), "{line} for {}", q.gold);
-            assert!(q.grade(&format!("<think>Answer: A</think> Answer: {}", q.gold)).1);
+            assert!(q.grade(&format!("<think>Answer: A</think> Answer: {}", q.gold)).1 == Some(true));
         }
         let letters: std::collections::BTreeSet<&str> = asked.iter().map(|q| q.gold.as_str()).collect();
         assert_eq!(letters.len(), 4);
@@ -103,10 +119,21 @@ mod tests {
     #[test]
     fn replies_are_graded_behind_the_thinking_part() {
         let q = &questions(Reasoning::Aime, &[row("a", &[], "33")]).unwrap()[0];
-        assert_eq!(q.grade("<think>\\boxed{1}</think> so \\boxed{ 33 }"), (Some("33".into()), true));
-        assert_eq!(q.grade("<think>\\boxed{33}</think> no idea"), (None, false));
+        assert_eq!(q.grade("<think>\\boxed{1}</think> so \\boxed{ 33 }"), (Some("33".into()), Some(true)));
+        assert_eq!(q.grade("<think>\\boxed{33}</think> no idea"), (None, Some(false)));
         let q = &questions(Reasoning::MmluPro, &[row("m", &["3", "4"], "B")]).unwrap()[0];
-        assert_eq!(q.grade("the answer is (B)"), (Some("B".into()), true));
-        assert_eq!(q.grade("the answer is (A)"), (Some("A".into()), false));
+        assert_eq!(q.grade("the answer is (B)"), (Some("B".into()), Some(true)));
+        assert_eq!(q.grade("the answer is (A)"), (Some("A".into()), Some(false)));
+    }
+    #[test]
+    fn a_program_is_found_and_not_yet_right_or_wrong() {
+        let q = Question {
+            kind: AnswerKind::Program,
+            ..questions(Reasoning::Aime, &[row("a", &[], "")]).unwrap().remove(0)
+        };
+        let reply = "<think>```python\nprint(0)\n```</think> So:\n```python\nprint(1)\n```\nor rather\n```python\nprint(2)\n```";
+        assert_eq!(q.grade(reply), (Some("print(2)".into()), None));
+        assert_eq!(q.grade("print(2)"), (None, Some(false)));
+        assert_eq!(q.grade("```\n\n```"), (None, Some(false)));
     }
 }
