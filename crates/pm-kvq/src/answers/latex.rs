@@ -82,7 +82,7 @@ pub fn strip(text: &str) -> Result<String, String> {
     if let [name, value] = text.split('=').collect::<Vec<_>>()[..]
         && name.chars().count() <= 2
     {
-        text = value.to_owned();
+        text = value.into();
     }
     text = apply(&ROOT, text).replace(' ', "");
     let text = braced_fractions(&text);
@@ -102,7 +102,7 @@ fn braced_fractions(text: &str) -> String {
         let mut chars = part.chars();
         let (Some(a), Some(b)) = (chars.next(), chars.next()) else { return text.to_owned() };
         let lower = if b == '{' { b.to_string() } else { format!("{{{b}}}") };
-        out += &format!("{{{a}}}{lower}{}", chars.as_str());
+        out.extend(["{", a.encode_utf8(&mut [0; 4]), "}", &lower, chars.as_str()]);
     }
     out
 }
@@ -211,10 +211,10 @@ pub fn normalize(text: &str) -> String {
     let mut text = apply(&WRAPPERS, text);
     for place in PLACES.iter() {
         if let Some(last) = place.captures_iter(&text).last().and_then(|c| c.get(1)) {
-            text = last.as_str().to_owned();
+            text = last.as_str().into();
         }
     }
-    text = text.trim().to_owned();
+    let mut text = String::from(text.trim());
     if text.contains("rac") && !text.contains("\\frac") {
         text = text.replace("rac", "\\frac");
     }

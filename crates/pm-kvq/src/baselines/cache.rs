@@ -190,9 +190,10 @@ impl Simulated {
             if let (Some(all), Some(last)) = (scores.as_mut(), at.want_scores) {
                 all.push(probabilities(&q, &keys, positions, rows.positions(), mask, at.scale, last)?);
             }
-            let received = match self.method.wants_received() {
-                true => Some(received(&q, &keys, positions, rows.positions(), mask, at.scale)?),
-                false => None,
+            let received = if self.method.wants_received() {
+                Some(received(&q, &keys, positions, rows.positions(), mask, at.scale)?)
+            } else {
+                None
             };
             self.method.after(&new, rows, received.as_ref())?;
         }

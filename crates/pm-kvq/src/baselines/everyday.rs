@@ -192,14 +192,8 @@ pub fn fp8_scale(x: &Tensor) -> Result<Tensor> {
 
 /// As [`fp8_scale`], one scale a head: `x` is `[.., heads, tokens, head_dim]`, the result `[heads, 1, 1]`.
 pub fn fp8_head_scales(x: &Tensor) -> Result<Tensor> {
-    let (tokens, d) = match x.size()[..] {
-        [.., tokens, d] => (tokens, d),
-        _ => {
-            return Err(Error::Input(format!(
-                "heads need [.., heads, tokens, head_dim], found {:?}",
-                x.size()
-            )));
-        }
+    let [.., tokens, d] = x.size()[..] else {
+        return Err(Error::Input(format!("heads need [.., heads, tokens, head_dim], found {:?}", x.size())));
     };
     let heads = x.size().iter().rev().nth(2).copied().unwrap_or(1);
     let largest = x.f_abs()?.f_reshape([-1, heads, tokens * d])?.f_amax([0, 2].as_slice(), false)?;

@@ -128,7 +128,7 @@ impl Hadamard {
 
 /// Sylvester's matrix of order `n`, a power of two: `H[i][j] = (−1)^popcount(i & j)`.
 fn sylvester(n: i64) -> Result<Tensor> {
-    let entry = |at: i64| if ((at / n) & (at % n)).count_ones() % 2 == 0 { 1f32 } else { -1.0 };
+    let entry = |at: i64| if ((at / n) & (at % n)).count_ones().is_multiple_of(2) { 1f32 } else { -1.0 };
     Ok(Tensor::f_from_slice(&(0..n * n).map(entry).collect::<Vec<f32>>())?.f_reshape([n, n])?)
 }
 
@@ -182,7 +182,7 @@ fn residue(a: i64, q: i64) -> f32 {
 }
 
 fn is_prime(n: i64) -> bool {
-    n > 1 && (2..).take_while(|d| d * d <= n).all(|d| n % d != 0)
+    n > 1 && (2..n).take_while(|d| d * d <= n).all(|d| n % d != 0)
 }
 
 #[cfg(test)]
