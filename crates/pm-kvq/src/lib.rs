@@ -12,6 +12,7 @@ pub mod answers;
 pub mod baselines;
 pub mod bits;
 pub mod budget;
+pub mod calibrate;
 mod error;
 pub mod kernel;
 pub mod ledger;

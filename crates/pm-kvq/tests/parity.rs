@@ -1,6 +1,8 @@
 //! Parity with fixtures of the reference implementation. `NICS_GOLDEN=dir` holds the crate against another set of the
 //! same format.
 
+#[path = "parity/calibration.rs"]
+mod calibration;
 #[path = "parity/formats.rs"]
 mod formats;
 #[path = "parity/kit.rs"]
@@ -28,6 +30,12 @@ pub const KINDS: Kinds = Kinds {
         "05_schedule",
         "06_plain_llama",
         "06_plain_qwen2",
+        "09_sensitivity_llama",
+        "09_sensitivity_qwen2",
+        "10_max_keys_llama",
+        "10_max_keys_qwen2",
+        "11_search_llama",
+        "11_search_qwen2",
         "13_baselines_llama",
         "13_baselines_qwen2",
         "14_allocation",
@@ -49,12 +57,6 @@ pub const KINDS: Kinds = Kinds {
         "07_progressive_fake_qwen2",
         "08_progressive_real_llama",
         "08_progressive_real_qwen2",
-        "09_sensitivity_llama",
-        "09_sensitivity_qwen2",
-        "10_max_keys_llama",
-        "10_max_keys_qwen2",
-        "11_search_llama",
-        "11_search_qwen2",
         "12_pmkvq_full_llama",
         "12_pmkvq_full_qwen2",
     ],
