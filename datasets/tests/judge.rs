@@ -4,6 +4,7 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use nics_base::hub::Source;
+use nics_base::interrupt::Interrupt;
 use nics_base::sandbox::Limits;
 use nics_datasets::live_code_bench::{Fault, Judge, JudgeError, Tests, Verdict, Window, load};
 
@@ -163,6 +164,7 @@ fn many_programs_at_once() {
         .judge_all::<JudgeError>(
             correct.len(),
             workers,
+            &Interrupt::never(),
             |n| Ok((program(n), sum.clone())),
             |n, verdict| {
                 assert_eq!(correct[n].replace(verdict.correct()), None, "twice");
@@ -176,6 +178,7 @@ fn many_programs_at_once() {
     let stop = judge.judge_all(
         1000,
         workers,
+        &Interrupt::never(),
         |n| Ok((program(n), sum.clone())),
         |_, _| {
             told += 1;
@@ -184,6 +187,11 @@ fn many_programs_at_once() {
     );
     assert!(stop.is_err());
     assert_eq!(told, 1);
+    // Whoever asks to stop does not wait for the rest.
+    let asked = Interrupt::never();
+    asked.request();
+    let stopped = judge.judge_all(1000, workers, &asked, |n| Ok((program(n), sum.clone())), |_, _| Ok(()));
+    assert!(matches!(stopped, Err(JudgeError::Stopped(_))), "{stopped:?}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
+use nics_base::interrupt::Interrupt;
 use nics_base::sandbox::{End, Limits, Ran, Run, Sandbox, SandboxError};
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +79,9 @@ pub enum JudgeError {
     /// The sandbox failed.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// Somebody asked to stop.
+    #[error("no further program is run")]
+    Stopped(#[source] nics_base::Error),
     /// A program's folder cannot be made.
     #[error("cannot make a folder for a program")]
     Folder(#[source] std::io::Error),
@@ -125,6 +129,16 @@ impl Judge {
     /// # Errors
     /// Where programs cannot be run at all; what is wrong with this one is in the verdict.
     pub fn judge(&self, program: &str, tests: &Tests) -> Result<Verdict, JudgeError> {
+        self.judge_until(&Interrupt::never(), program, tests)
+    }
+
+    /// As [`judge`](Self::judge), given up before the next test when somebody asks to stop.
+    fn judge_until(
+        &self,
+        interrupt: &Interrupt,
+        program: &str,
+        tests: &Tests,
+    ) -> Result<Verdict, JudgeError> {
         let all = tests.all();
         let mut verdict = Verdict { passed: 0, tests: all.len(), fault: None };
         if program.trim().is_empty() {
@@ -133,6 +147,7 @@ impl Judge {
         }
         let folder = folder(program)?;
         for test in all {
+            interrupt.check().map_err(JudgeError::Stopped)?;
             let ran = self.run(HARNESS, tests.function(), folder.path(), test.input.as_bytes())?;
             verdict.fault = fault(&ran, test, tests.function().is_some());
             if verdict.fault.is_some() {
@@ -147,11 +162,12 @@ impl Judge {
     /// they come, and says whether to go on. Several at a time slow each other down where there are not as many processors.
     ///
     /// # Errors
-    /// The first of `work`, of a program that cannot be run, or of `each`.
+    /// The first of `work`, of a program that cannot be run, or of `each`; [`JudgeError::Stopped`] soon after the interrupt.
     pub fn judge_all<E: From<JudgeError> + Send>(
         &self,
         count: usize,
         workers: NonZero<usize>,
+        interrupt: &Interrupt,
         work: impl Fn(usize) -> Result<(String, Tests), E> + Sync,
         mut each: impl FnMut(usize, Verdict) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -166,7 +182,8 @@ impl Judge {
                         if n >= count {
                             return;
                         }
-                        let verdict = work(n).and_then(|(program, tests)| Ok(self.judge(&program, &tests)?));
+                        let verdict = work(n)
+                            .and_then(|(program, tests)| Ok(self.judge_until(interrupt, &program, &tests)?));
                         // Nobody listens any more once something went wrong.
                         if send.send((n, verdict)).is_err() {
                             return;

@@ -7,6 +7,9 @@ use super::judge::JudgeError;
 
 const ASK: &str = "import platform, sys; print(sys.executable); print(platform.python_version())";
 
+/// The first that can be told to read and write UTF-8 whatever the locale.
+const OLDEST: (u32, u32) = (3, 7);
+
 /// An interpreter, found and asked for what it is.
 #[derive(Debug, Clone)]
 pub(super) struct Python {
@@ -25,7 +28,16 @@ impl Python {
         let said = String::from_utf8_lossy(&asked.stdout);
         match said.lines().collect::<Vec<_>>()[..] {
             [program, version] if asked.status.success() && Path::new(program).is_absolute() => {
-                Ok(Self { program: program.into(), version: version.to_owned() })
+                let mut parts = version.split('.').map(str::parse::<u32>);
+                match (parts.next(), parts.next()) {
+                    (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST => {
+                        Ok(Self { program: program.into(), version: version.to_owned() })
+                    }
+                    _ => Err(wrong(format!(
+                        "it is of version {version}, expected {}.{} or newer",
+                        OLDEST.0, OLDEST.1
+                    ))),
+                }
             }
             _ => {
                 let error = String::from_utf8_lossy(&asked.stderr);

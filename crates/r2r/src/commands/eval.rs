@@ -102,7 +102,7 @@ impl Eval {
         let Asked { questions: asked, problems } =
             self.dataset.load(self.source.as_deref(), &self.release, window, self.limit)?;
         unique(&asked)?;
-        let programs = Programs::prepare(self.dataset, &problems, &self.code)?;
+        let programs = Programs::prepare(self.dataset, &problems, &self.code, quiet)?;
         let opened = Opened::open(&self.pair, self.seed.seed)?;
         let settings = self.settings(&opened)?;
         std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;

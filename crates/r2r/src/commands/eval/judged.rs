@@ -35,7 +35,7 @@ struct Judged {
 
 impl<'a> Programs<'a> {
     /// Finds interpreter and sandbox and reads all tests once, so that nothing of that fails after hours of writing.
-    pub fn prepare(set: Set, problems: &'a [Problem], code: &CodeArgs) -> Result<Self> {
+    pub fn prepare(set: Set, problems: &'a [Problem], code: &CodeArgs, quiet: bool) -> Result<Self> {
         let by_id = problems.iter().map(|problem| (problem.id.as_str(), problem)).collect();
         if !code.run_code {
             return Ok(Self { problems: by_id, judge: None });
@@ -46,9 +46,12 @@ impl<'a> Programs<'a> {
             return Err(Usage(reason).into());
         }
         let judge = Judge::open(&code.python, Limits::default())?;
+        let progress = progress(quiet, problems.len(), "problems");
         for problem in problems {
             problem.tests()?;
+            progress.inc(1);
         }
+        progress.finish();
         Ok(Self { problems: by_id, judge: Some(judge) })
     }
 
@@ -84,7 +87,7 @@ impl<'a> Programs<'a> {
                 None => todo.push((n, hash)),
             }
         }
-        let progress = if quiet { Progress::hidden() } else { Progress::new(todo.len() as u64, "programs") };
+        let progress = progress(quiet, todo.len(), "programs");
         let mut verdicts: Vec<(usize, bool)> = Vec::new();
         let written = &*items;
         let work = |n: usize| {
@@ -93,8 +96,7 @@ impl<'a> Programs<'a> {
             let problem = problem.with_context(|| format!("there is no problem {}", item.id))?;
             Ok((item.answer.clone().unwrap_or_default(), problem.tests()?))
         };
-        judge.judge_all(todo.len(), code.jobs(), work, |n, verdict| {
-            interrupt.check()?;
+        judge.judge_all(todo.len(), code.jobs(), interrupt, work, |n, verdict| {
             let (at, hash) = &todo[n];
             verdicts.push((*at, verdict.correct()));
             let (id, sample) = (written[*at].id.clone(), written[*at].sample);
@@ -108,4 +110,8 @@ impl<'a> Programs<'a> {
         }
         Ok(())
     }
+}
+
+fn progress(quiet: bool, len: usize, unit: &'static str) -> Progress {
+    if quiet { Progress::hidden() } else { Progress::new(len as u64, unit) }
 }
