@@ -72,6 +72,22 @@ impl Write for AtomicFile {
     }
 }
 
+/// The right to write, while it lives, what belongs to a file of this name: a second one gets [`Error::Busy`], also in
+/// another process. The file stays; the right goes with the process, however that ends.
+#[derive(Debug)]
+pub struct Lock(#[allow(dead_code)] File);
+
+impl Lock {
+    /// Takes the right of `path`. Missing parent folders are made.
+    pub fn take(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        place(path)?;
+        let file = File::options().create(true).append(true).open(path).at("open", path)?;
+        crate::jsonl::lock(&file, path)?;
+        Ok(Self(file))
+    }
+}
+
 /// A folder that replaces its target when it is [committed](AtomicDir::commit), and vanishes when it is dropped before.
 #[derive(Debug)]
 pub struct AtomicDir {
@@ -328,6 +344,16 @@ mod tests {
         }
         write_atomic(dir.path().join("a.txt"), "x").unwrap();
         assert_eq!(names(dir.path()), [".a.txt.alive1.tmp", ".b.txt.k1ll3d.tmp", "a.txt"]);
+    }
+
+    #[test]
+    fn a_lock_is_held_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sub/.lock");
+        let first = Lock::take(&path).unwrap();
+        assert!(matches!(Lock::take(&path), Err(Error::Busy(_))));
+        drop(first);
+        Lock::take(&path).unwrap();
     }
 
     #[test]

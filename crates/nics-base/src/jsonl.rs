@@ -126,7 +126,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<Parsed<T>> {
 }
 
 /// Takes the writer's lock. File systems without locks are left to their users' care.
-fn lock(file: &File, path: &Path) -> Result<()> {
+pub(crate) fn lock(file: &File, path: &Path) -> Result<()> {
     use rustix::fs::{FlockOperation, flock};
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::Busy(path.to_owned())),
