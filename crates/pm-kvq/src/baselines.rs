@@ -28,7 +28,7 @@ pub use format::{Coder, Coders, Format, HALF};
 pub use hadamard::Hadamard;
 pub use kivi::Kivi;
 pub use mikv::Mikv;
-pub use rotatekv::{RotateKv, channel_order};
+pub use rotatekv::{RotateKv, channel_orders};
 pub use rows::Rows;
 pub use rtn::{Rtn, When};
 pub use transformers::{FrozenFp8, Residual};

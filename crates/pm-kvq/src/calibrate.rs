@@ -16,7 +16,7 @@ pub mod all;
 pub mod artefact;
 pub mod fold;
 pub mod max_keys;
-mod record;
+pub(crate) mod record;
 pub mod runtime;
 pub mod samples;
 pub mod scales;

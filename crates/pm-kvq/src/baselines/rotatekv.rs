@@ -1,13 +1,15 @@
 //! RotateKV (arXiv 2501.16383): keys before rotation are rotated over all heads and their channels ordered, values rotated
 //! per head; tokens with the largest activations stay exact.
 
-use nics_core::models::ModelDims;
+use nics_core::models::{Model, ModelDims};
 use tch::{Kind, Tensor};
 
 use super::cache::{Arrived, Method};
 use super::format::{Coder, Coders, Format};
 use super::hadamard::Hadamard;
 use super::rows::Rows;
+use crate::calibrate::Samples;
+use crate::calibrate::record::watch;
 use crate::{Error, Result};
 
 /// Rows are stored before they attend.
@@ -25,7 +27,7 @@ pub struct RotateKv {
 impl RotateKv {
     /// Codes of `bits` in groups of `group` channels for a model of these dimensions. `pivots`: so many largest activations
     /// of the input of a sequence's first call (the paper: 20) keep their tokens exact. `orders`: for each layer the order of
-    /// the rotated key channels ([`channel_order`]), int64 `[kv_heads · head_dim]`; empty keeps them as they are.
+    /// the rotated key channels ([`channel_orders`]), int64 `[kv_heads · head_dim]`; empty keeps them as they are.
     ///
     /// # Errors
     /// Groups that do not fit, a width for which no rotation is known, or orders that are no permutations.
@@ -82,14 +84,28 @@ impl RotateKv {
     }
 }
 
-/// The order of a layer's rotated key channels: ascending means over the rows of `k` (`[rows, kv_heads, head_dim]`, before
-/// rotary rotation), int64 `[kv_heads · head_dim]`.
-pub fn channel_order(k: &Tensor) -> Result<Tensor> {
-    let (_, heads, d) = k.size3()?;
-    let rotation = Hadamard::new(heads * d)?;
-    let rotated = rotation.rotate(&k.f_to_kind(Kind::Float)?.f_reshape([-1, heads * d])?)?;
-    let means = rotated.f_mean_dim([0].as_slice(), false, Kind::Float)?;
-    Ok(means.f_argsort_stable(true, 0, false)?)
+/// The order of each layer's rotated key channels: ascending means over all tokens of some samples, of keys before rotary
+/// rotation; int64 `[kv_heads · head_dim]`.
+///
+/// # Errors
+/// A width for which no rotation is known; layers with a window.
+pub fn channel_orders(model: &dyn Model, samples: &Samples) -> Result<Vec<Tensor>> {
+    let channels = model.dims().kv_heads * model.dims().head_dim;
+    let mut sums: Vec<Tensor> = Vec::new();
+    for ids in samples.ids() {
+        let rotation = Hadamard::new(channels)?;
+        let into = &mut sums;
+        watch(model, ids, 1, move |handed| {
+            let k = handed.unrotated_k.f_to_kind(Kind::Float)?.f_reshape([-1, channels])?;
+            let sum = rotation.rotate(&k)?.f_sum_dim_intlist([0].as_slice(), false, Kind::Double)?;
+            match into.get_mut(handed.site.layer) {
+                Some(total) => *total = total.f_add(&sum)?,
+                None => into.push(sum),
+            }
+            Ok(())
+        })?;
+    }
+    sums.iter().map(|sum| Ok(sum.f_argsort_stable(true, 0, false)?)).collect()
 }
 
 impl Method for RotateKv {

@@ -7,13 +7,15 @@ use tch::Tensor;
 
 use crate::{Error, Result};
 
-/// Rotated queries `[tokens, heads, head_dim]` and keys `[tokens, kv_heads, head_dim]`, and values, of one layer.
+/// Rotated queries `[tokens, heads, head_dim]` and keys `[tokens, kv_heads, head_dim]`, and values, of one layer; also the
+/// keys before rotation.
 #[derive(Debug)]
-pub(super) struct Handed<'a> {
+pub(crate) struct Handed<'a> {
     pub site: &'a Site<'a>,
     pub q: &'a Tensor,
     pub k: &'a Tensor,
     pub v: &'a Tensor,
+    pub unrotated_k: &'a Tensor,
 }
 
 impl Handed<'_> {
@@ -39,10 +41,10 @@ impl<F: FnMut(&Handed) -> Result<()> + Send> KvCache for Recorder<F> {
         if let Mask::Window(window) = at.mask {
             return Err(Error::SlidingWindowLayer { layer: at.layer, window }.into());
         }
-        let (q, k) = (at.rope.apply(q)?, at.rope.apply(k)?);
-        let handed = Handed { site: at, q: &q, k: &k, v };
+        let (q, rotated) = (at.rope.apply(q)?, at.rope.apply(k)?);
+        let handed = Handed { site: at, q: &q, k: &rotated, v, unrotated_k: k };
         (self.see)(&handed)?;
-        let out = handed.attend(&q, &k, v)?.f_contiguous()?;
+        let out = handed.attend(&q, &rotated, v)?.f_contiguous()?;
         Ok(Attended { out, scores: None, exhausted: Vec::new() })
     }
 
@@ -80,14 +82,14 @@ impl<F: FnMut(&Handed) -> Result<()> + Send> KvCache for Recorder<F> {
 }
 
 /// Int64 `[tokens]` on the model's device.
-pub(super) fn tensor(model: &dyn Model, ids: &[u32]) -> Result<Tensor> {
+pub(crate) fn tensor(model: &dyn Model, ids: &[u32]) -> Result<Tensor> {
     let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
     Ok(Tensor::f_from_slice(&ids)?.f_to_device(model.dims().device)?)
 }
 
 /// Runs one sample whose positions are `step` apart through the model; `see` is shown every layer. `embeds`: `[tokens,
 /// hidden]`. Hidden states after the final norm, `[tokens, hidden]`.
-pub(super) fn run(
+pub(crate) fn run(
     model: &dyn Model,
     embeds: &Tensor,
     step: usize,
@@ -101,7 +103,7 @@ pub(super) fn run(
 }
 
 /// As [`run`] on token ids, without gradients.
-pub(super) fn watch(
+pub(crate) fn watch(
     model: &dyn Model,
     ids: &[u32],
     step: usize,
@@ -113,6 +115,6 @@ pub(super) fn watch(
 }
 
 /// Whether all values are finite.
-pub(super) fn finite(t: &Tensor) -> Result<bool> {
+pub(crate) fn finite(t: &Tensor) -> Result<bool> {
     Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }

@@ -4,7 +4,10 @@ use nics_core::cache::DenseCache;
 use nics_core::models::{Decoder, Model, ModelDims};
 use nics_core::nn::Rope;
 use nics_core::seam::{KvCache, Mask, Ragged, SeqId, Site};
-use pm_kvq::baselines::{Format, FrozenFp8, Kivi, Method, Mikv, Residual, RotateKv, Rtn, Simulated, When};
+use pm_kvq::baselines::{
+    Format, FrozenFp8, Kivi, Method, Mikv, Residual, RotateKv, Rtn, Simulated, When, channel_orders,
+};
+use pm_kvq::calibrate::Samples;
 use tch::{Device, Kind, Tensor};
 
 use crate::kit::{Case, assert_near, cases};
@@ -72,6 +75,22 @@ fn rivals() {
             let logits = decode(&model, &mut cache, &ids, prefill, |_, _, _| {}).unwrap();
             println!("{} {name} {:?}", case.name, agreement(&logits, case.tensor(name)));
             assert_agrees(&logits, case.tensor(name), &format!("{} {name}", case.name));
+        }
+    }
+}
+
+#[test]
+fn channel_orders_of_rotatekv() {
+    for case in cases("13_") {
+        let model = model_of(&case);
+        let samples = Samples::new(case.field("calib_input_ids")).unwrap();
+        let found = channel_orders(&model, &samples).unwrap();
+        for (l, found) in found.iter().enumerate() {
+            let expected = case.tensor(&format!("rotatekv.reorder.layer{l}"));
+            let differ = found.ne_tensor(expected).sum(Kind::Int64).int64_value(&[]);
+            // Up to equal means: at most neighbours change places.
+            let moved = (found.argsort(-1, false) - expected.argsort(-1, false)).abs().max().int64_value(&[]);
+            assert!(moved <= 1, "layer {l}: {differ} channels stand elsewhere, by up to {moved}");
         }
     }
 }
