@@ -28,12 +28,11 @@ pub mod report;
 pub mod row;
 pub mod sandbox;
 pub mod shard;
+pub mod size;
 
 #[cfg(feature = "cli")]
 pub mod cli;
 #[cfg(feature = "cli")]
 pub mod progress;
-#[cfg(feature = "cli")]
-mod size;
 
 pub use error::{Error, Result};
