@@ -8,6 +8,7 @@ mod decode;
 mod figure;
 mod gemv;
 mod memory;
+mod pages;
 mod peers;
 mod prefill;
 mod race;
@@ -22,12 +23,13 @@ use settings::{Settings, Size};
 /// A suite.
 type Suite = fn(&Settings) -> Result<()>;
 
-const SUITES: [(&str, Suite); 5] = [
+const SUITES: [(&str, Suite); 6] = [
     ("decode", decode::run),
     ("prefill", prefill::run),
     ("serve", serve::run),
     ("gemv", gemv::run),
     ("attention", attention::run),
+    ("pages", pages::run),
 ];
 
 fn main() -> Result<()> {

@@ -22,7 +22,7 @@ use crate::{cargo, process};
 use figure::Case;
 
 /// The suites, in the order in which they run.
-const SUITES: [&str; 5] = ["decode", "prefill", "serve", "gemv", "attention"];
+const SUITES: [&str; 6] = ["decode", "prefill", "serve", "gemv", "attention", "pages"];
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]
