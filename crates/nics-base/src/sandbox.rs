@@ -6,7 +6,8 @@
 //! containers too). Since it can start no process, ending it is ending all of it. Its environment is empty but for what the
 //! caller names, it has no terminal, and as root it has none of root's powers.
 //!
-//! What it may do is read what its user may read; there is nowhere that it could send it.
+//! It reads the system's libraries, its own files and what the caller names, where the kernel has Landlock
+//! ([`Sandbox::confines_reads`]); elsewhere it reads what its user may, and there is nowhere that it could send it.
 //!
 //! ```no_run
 //! use std::path::Path;
@@ -19,6 +20,7 @@
 //!     args: &["-c".into(), "print(6 * 7)".into()],
 //!     env: &[],
 //!     folder: Path::new("/tmp"),
+//!     reads: &[],
 //!     input: b"",
 //! })?;
 //! assert_eq!((ran.end, &ran.stdout[..]), (End::Exited(0), &b"42\n"[..]));
@@ -36,6 +38,8 @@ mod wall;
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod calls;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod reads;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Seek, Write};
@@ -105,6 +109,8 @@ pub struct Run<'a> {
     pub env: &'a [(&'a str, &'a str)],
     /// Where it runs. It can write there no more than elsewhere.
     pub folder: &'a Path,
+    /// What it may read beside its file, its folder and the system's libraries: files, and folders with all below.
+    pub reads: &'a [PathBuf],
     /// Its standard input.
     pub input: &'a [u8],
 }
@@ -164,6 +170,11 @@ impl Sandbox {
         self.limits
     }
 
+    /// Whether this kernel keeps a program from reading other files than [`Run`] says.
+    pub fn confines_reads(&self) -> bool {
+        self.wall.confines_reads()
+    }
+
     /// Runs a program to its end, which comes within its limit of time.
     ///
     /// # Errors
@@ -171,12 +182,13 @@ impl Sandbox {
     pub fn run(&self, run: &Run) -> Result<Ran, SandboxError> {
         let io = |action| move |source| SandboxError::Io { action, source };
         // A file rather than a pipe: nobody has to feed it while the program runs.
-        let mut input = tempfile::tempfile().map_err(io("make a file of its input"))?;
+        let mut input = wall::unnamed().map_err(io("make a file of its input"))?;
         input.write_all(run.input).and_then(|()| input.rewind()).map_err(io("write its input"))?;
         let mut command = Command::new(run.program);
         command.args(run.args).current_dir(run.folder).env_clear().envs(run.env.iter().copied());
         command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
-        self.wall.confine(&mut command, self.limits);
+        let reads = [run.program, run.folder].into_iter().chain(run.reads.iter().map(PathBuf::as_path));
+        self.wall.confine(&mut command, self.limits, reads).map_err(io("name what may be read"))?;
         let begun = Instant::now();
         let mut child = command
             .spawn()

@@ -5,16 +5,23 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nics_base::sandbox::{End, Limits, Ran, Run, Sandbox, SandboxError};
 
 const DEED: &str = "DEED";
+/// The name of a file that is none of the program's business.
+const SECRET: &str = "SECRET";
 const LIMITS: Limits = Limits { seconds: 10, memory: 1 << 30, output: 1 << 20, threads: 16 };
 
 fn sandbox() -> Sandbox {
     Sandbox::new(LIMITS).expect("these tests need a kernel with seccomp filters")
+}
+
+/// Beside this test's own file, which a program may read.
+fn secret() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")
 }
 
 /// Runs [`inside`] with a deed to do, in a folder that holds the file `mine`.
@@ -22,7 +29,9 @@ fn run(sandbox: &Sandbox, deed: &str, folder: &Path) -> Ran {
     fs::write(folder.join("mine"), "as it was").unwrap();
     let exe = std::env::current_exe().unwrap();
     let args = ["--exact", "inside", "--ignored", "--nocapture", "--test-threads=1"].map(Into::into);
-    let run = Run { program: &exe, args: &args, env: &[(DEED, deed)], folder, input: b"some input" };
+    let secret = secret();
+    let env = [(DEED, deed), (SECRET, secret.to_str().unwrap())];
+    let run = Run { program: &exe, args: &args, env: &env, folder, reads: &[], input: b"some input" };
     let ran = sandbox.run(&run).unwrap();
     assert_eq!(fs::read_to_string(folder.join("mine")).unwrap(), "as it was", "{deed}");
     assert_eq!(fs::read_dir(folder).unwrap().count(), 1, "{deed}");
@@ -61,6 +70,13 @@ fn inside() {
             }
         }
         "files" => println!("<{}>", fs::read_dir("/proc/self/fd").unwrap().count()),
+        "read elsewhere" => tried(fs::read(std::env::var(SECRET).unwrap()).map(drop)),
+        "list elsewhere" => tried(fs::read_dir("/root").or_else(|_| fs::read_dir("/tmp")).map(drop)),
+        "read of the parent" => {
+            let parent = rustix::process::getppid().unwrap().as_raw_nonzero();
+            tried(fs::read(format!("/proc/{parent}/environ")).map(drop));
+        }
+        "open its input" => println!("<{}>", fs::read_to_string("/dev/stdin").unwrap()),
         "read" => tried(fs::read("mine").map(drop)),
         "create" => tried(File::create("new").map(drop)),
         "create elsewhere" => tried(File::create("/tmp/nics-sandbox-test").map(drop)),
@@ -121,6 +137,7 @@ fn a_program_reads_computes_and_writes() {
     assert_eq!(spoke.end, End::Exited(0));
     assert!(said(&spoke).contains("<some input>"), "{}", said(&spoke));
     assert!(String::from_utf8_lossy(&spoke.stderr).contains("to stderr"));
+    assert!(said(&ran("open its input")).contains("<some input>"));
     assert!(said(&ran("read")).contains("<could>"));
     assert!(said(&ran("thread")).contains("<42>"));
     assert_eq!(ran("exit").end, End::Exited(7));
@@ -156,9 +173,23 @@ fn files_network_and_processes_are_out_of_reach() {
 }
 
 #[test]
+fn reading_is_confined_where_the_kernel_can() {
+    let confined = sandbox().confines_reads();
+    for deed in ["read elsewhere", "list elsewhere", "read of the parent"] {
+        let said = said(&ran(deed));
+        let expected = if confined { "<PermissionDenied>" } else { "<could>" };
+        assert!(said.contains(expected), "{deed}: {said}");
+    }
+}
+
+#[test]
 fn nothing_is_inherited() {
     let said_of = |deed| said(&ran(deed));
-    assert!(said_of("environment").contains(&format!("<[{DEED:?}]>")), "{}", said_of("environment"));
+    assert!(
+        said_of("environment").contains(&format!("<[{DEED:?}, {SECRET:?}]>")),
+        "{}",
+        said_of("environment")
+    );
     let status = said_of("status");
     for line in ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
         assert!(status.contains(&format!("<{line}>")), "{status}");
@@ -211,6 +242,7 @@ fn what_is_no_program_is_an_error() {
         args: &[],
         env: &[],
         folder: folder.path(),
+        reads: &[],
         input: b"",
     };
     let error = sandbox().run(&run).unwrap_err();

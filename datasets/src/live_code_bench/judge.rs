@@ -210,6 +210,7 @@ impl Judge {
             args: &args,
             env: &ENVIRONMENT,
             folder,
+            reads: &self.python.places,
             input,
         })
     }

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use super::judge::JudgeError;
 
-const ASK: &str = "import platform, sys; print(sys.executable); print(platform.python_version())";
+const ASK: &str = include_str!("ask.py");
 
 /// The first that can be told to read and write UTF-8 whatever the locale.
 const OLDEST: (u32, u32) = (3, 7);
@@ -17,6 +17,8 @@ pub(super) struct Python {
     pub(super) program: PathBuf,
     /// E.g. `3.12.4`.
     pub(super) version: String,
+    /// Where its libraries are.
+    pub(super) places: Vec<PathBuf>,
 }
 
 impl Python {
@@ -27,12 +29,16 @@ impl Python {
         let asked = asked.map_err(|e| wrong(e.to_string()))?;
         let said = String::from_utf8_lossy(&asked.stdout);
         match said.lines().collect::<Vec<_>>()[..] {
-            [program, version] if asked.status.success() && Path::new(program).is_absolute() => {
+            [program, version, ref places @ ..]
+                if asked.status.success() && Path::new(program).is_absolute() =>
+            {
                 let mut parts = version.split('.').map(str::parse::<u32>);
                 match (parts.next(), parts.next()) {
-                    (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST => {
-                        Ok(Self { program: program.into(), version: version.to_owned() })
-                    }
+                    (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST => Ok(Self {
+                        program: program.into(),
+                        version: version.to_owned(),
+                        places: places.iter().map(PathBuf::from).collect(),
+                    }),
                     _ => Err(wrong(format!(
                         "it is of version {version}, expected {}.{} or newer",
                         OLDEST.0, OLDEST.1

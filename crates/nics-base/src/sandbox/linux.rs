@@ -1,13 +1,19 @@
 //! What a child does to itself between `fork` and `exec`.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{
+    Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit, setsid,
+};
 use seccompiler::BpfProgram;
 
-use super::{Limits, SandboxError, calls};
+use super::{Limits, SandboxError, calls, reads};
 
 pub(super) const SIGXCPU: i32 = libc::SIGXCPU;
 
@@ -19,6 +25,7 @@ const OPEN_FILES: u64 = 64;
 #[derive(Debug)]
 pub(super) struct Wall {
     filters: [BpfProgram; 2],
+    confines_reads: bool,
 }
 
 impl Wall {
@@ -34,29 +41,38 @@ impl Wall {
             )));
         }
         let filters = calls::filters().map_err(|e| SandboxError::Unsupported(e.to_string()))?;
-        Ok(Self { filters })
+        Ok(Self { filters, confines_reads: reads::can_be_confined() })
     }
 
-    /// Makes the command's child confine itself before it runs the program.
-    pub(super) fn confine(&self, command: &mut Command, limits: Limits) {
+    pub(super) fn confines_reads(&self) -> bool {
+        self.confines_reads
+    }
+
+    /// Makes the command's child confine itself before it runs the program, which may read `reads`.
+    pub(super) fn confine<'a>(
+        &self,
+        command: &mut Command,
+        limits: Limits,
+        reads: impl Iterator<Item = &'a Path>,
+    ) -> io::Result<()> {
         let filters = self.filters.clone();
+        let reads = if self.confines_reads { reads::ruleset(reads).map_err(io::Error::other)? } else { None };
         let confine = move || {
             setsid()?;
             // The program does not outlive us, even where we are killed.
             set_parent_process_death_signal(Some(Signal::KILL))?;
-            let both = |n| Rlimit { current: Some(n), maximum: Some(n) };
-            setrlimit(
-                Resource::Cpu,
-                Rlimit { current: Some(limits.seconds), maximum: Some(limits.seconds + 1) },
-            )?;
-            setrlimit(Resource::As, both(limits.memory))?;
-            setrlimit(Resource::Fsize, both(0))?;
-            setrlimit(Resource::Core, both(0))?;
-            setrlimit(Resource::Nofile, both(OPEN_FILES))?;
-            // A machine with a lower hard limit keeps it.
-            let _ = setrlimit(Resource::Stack, both(STACK));
+            // The signal of the first limit says what happened; whoever ignores it meets the second.
+            lower(Resource::Cpu, limits.seconds, limits.seconds + 1)?;
+            lower(Resource::As, limits.memory, limits.memory)?;
+            lower(Resource::Fsize, 0, 0)?;
+            lower(Resource::Core, 0, 0)?;
+            lower(Resource::Nofile, OPEN_FILES, OPEN_FILES)?;
+            lower(Resource::Stack, STACK, STACK)?;
             hide_files()?;
             drop_powers();
+            if let Some(ruleset) = &reads {
+                enter(ruleset)?;
+            }
             for filter in &filters {
                 seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
             }
@@ -65,7 +81,29 @@ impl Wall {
         // SAFETY: the closure runs in the child of a program that has threads, so it may only do what is safe in a signal
         // handler. It makes system calls on values that were prepared before, allocates nothing and takes no lock.
         unsafe { command.pre_exec(confine) };
+        Ok(())
     }
+}
+
+/// Sets a limit, or leaves it where the machine has a lower one.
+fn lower(resource: Resource, soft: u64, hard: u64) -> io::Result<()> {
+    let most = getrlimit(resource).maximum.unwrap_or(u64::MAX);
+    Ok(setrlimit(resource, Rlimit { current: Some(soft.min(most)), maximum: Some(hard.min(most)) })?)
+}
+
+/// Puts on a Landlock ruleset.
+fn enter(ruleset: &OwnedFd) -> io::Result<()> {
+    // SAFETY: plain numbers, one of them an open file of ours.
+    let entered = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1usize, 0usize, 0usize, 0usize) == 0
+            && libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0u32) == 0
+    };
+    if entered { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A file in memory, which a program can open again by `/dev/stdin` whatever it may read.
+pub(super) fn unnamed() -> io::Result<File> {
+    Ok(memfd_create("input", MemfdFlags::CLOEXEC)?.into())
 }
 
 /// Closes on `exec` whatever a library of ours may have opened without saying so.
