@@ -12,6 +12,8 @@ const OUTPUTS: usize = 64;
 const TOGETHER: usize = 4;
 /// Independent sums of a dot product.
 const LANES: usize = 16;
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
 
 /// `weight` (`[out, in]`, float32) as values (int8, `[out, in]`) and scales (`[out]`): the row's largest magnitude
 /// becomes 127.
@@ -99,13 +101,21 @@ fn dots(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn dots_avx512(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
     use std::arch::x86_64::{
-        _mm_loadu_si128, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_reduce_add_ps, _mm512_setzero_ps,
+        _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_setzero_ps,
     };
     let whole = x.len() / (2 * LANES) * (2 * LANES);
     assert!(weights.iter().all(|w| w.len() == x.len()));
     let mut sums = [[_mm512_setzero_ps(); 2]; TOGETHER];
+    // The outputs that come next lie behind these. Four short rows in turns are no pattern that the processor foresees.
+    let ahead = TOGETHER * x.len();
     for at in (0..whole).step_by(2 * LANES) {
+        if at % LINE == 0 {
+            for w in weights {
+                // A prefetch from anywhere is sound; beyond the last weights it is lost.
+                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(ahead + at));
+            }
+        }
         for half in 0..2 {
             let at = at + half * LANES;
             // SAFETY: 16 values from `at` on lie below `whole`, which is at most the length of `x` and of all weights.
