@@ -12,6 +12,7 @@ mod pages;
 mod peers;
 mod prefill;
 mod race;
+mod route;
 mod serve;
 mod settings;
 mod shapes;
@@ -23,12 +24,13 @@ use settings::{Settings, Size};
 /// A suite.
 type Suite = fn(&Settings) -> Result<()>;
 
-const SUITES: [(&str, Suite); 6] = [
+const SUITES: [(&str, Suite); 7] = [
     ("decode", decode::run),
     ("prefill", prefill::run),
     ("serve", serve::run),
     ("gemv", gemv::run),
     ("attention", attention::run),
+    ("route", route::run),
     ("pages", pages::run),
 ];
 

@@ -22,7 +22,7 @@ use crate::{cargo, process};
 use figure::Case;
 
 /// The suites, in the order in which they run.
-const SUITES: [&str; 6] = ["decode", "prefill", "serve", "gemv", "attention", "pages"];
+const SUITES: [&str; 7] = ["decode", "prefill", "serve", "gemv", "attention", "route", "pages"];
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]

@@ -1,4 +1,5 @@
-//! libtorch alone: Qwen2 as one would write it with tch in an afternoon, with the operations that libtorch has for it.
+//! libtorch alone: Qwen2 and Qwen3 as one would write them with tch in an afternoon, with the operations that libtorch has
+//! for them.
 //!
 //! It shares our weights' memory, huge pages included. Keys and values go into storage that was set aside beforehand, so
 //! that nothing is copied as they grow.
@@ -6,7 +7,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nics_core::models::DecoderConfig;
 use tch::{Device, Kind, Tensor};
 
@@ -17,6 +18,7 @@ pub struct Libtorch {
     config: DecoderConfig,
     embed_tokens: Tensor,
     norm: Tensor,
+    head: Tensor,
     layers: Vec<Layer>,
     batch: i64,
     position: i64,
@@ -28,6 +30,8 @@ struct Layer {
     post_norm: Tensor,
     /// Weight and bias of q, k, v, o, gate, up, down.
     projections: [(Tensor, Option<Tensor>); 7],
+    /// Norms of the heads of q and k, which Qwen3 has.
+    head_norms: Option<[Tensor; 2]>,
     /// `[batch, kv_heads, room, head_dim]`.
     keys: Tensor,
     values: Tensor,
@@ -44,7 +48,7 @@ const PROJECTIONS: [&str; 7] = [
 ];
 
 impl Libtorch {
-    /// Over these parameters, by their checkpoint keys; the head is tied.
+    /// Over these parameters, by their checkpoint keys; a head of its own where there is one.
     pub fn new(config: DecoderConfig, weights: Vec<(String, Tensor)>) -> Result<Self> {
         let mut weights: HashMap<String, Tensor> = weights.into_iter().collect();
         let mut take = |name: String| weights.remove(&name).with_context(|| format!("no weight {name}"));
@@ -56,17 +60,21 @@ impl Libtorch {
                     Ok((weight, take(format!("{at}.{p}.bias")).ok()))
                 });
                 let [q, k, v, o, gate, up, down] = projections;
+                let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|n| take(format!("{at}.self_attn.{n}.weight")));
                 Ok(Layer {
                     input_norm: take(format!("{at}.input_layernorm.weight"))?,
                     post_norm: take(format!("{at}.post_attention_layernorm.weight"))?,
                     projections: [q?, k?, v?, o?, gate?, up?, down?],
+                    head_norms: q_norm.ok().zip(k_norm.ok()).map(|(q, k)| [q, k]),
                     keys: Tensor::new(),
                     values: Tensor::new(),
                 })
             })
             .collect::<Result<_>>()?;
+        let embed_tokens = take("model.embed_tokens.weight".into())?;
         Ok(Self {
-            embed_tokens: take("model.embed_tokens.weight".into())?,
+            head: take("lm_head.weight".into()).unwrap_or_else(|_| embed_tokens.shallow_clone()),
+            embed_tokens,
             norm: take("model.norm.weight".into())?,
             layers,
             config,
@@ -79,9 +87,6 @@ impl Libtorch {
     fn forward(&mut self, ids: &[i64]) -> Result<Tensor> {
         let c = &self.config;
         let (b, n, at) = (self.batch, ids.len() as i64 / self.batch, self.position);
-        if n > 1 && at > 0 {
-            bail!("several rows behind others need a mask, which this peer has not");
-        }
         let (heads, kv_heads, d) = (c.heads, c.kv_heads, c.head_dim);
         let ids = Tensor::f_from_slice(ids)?.f_view([b, n])?;
         let mut x = Tensor::f_embedding(&self.embed_tokens, &ids, -1, false, false)?; // [b, n, hidden]
@@ -97,6 +102,10 @@ impl Libtorch {
             Ok(x.f_mul(&cos)?.f_add(&turned.f_mul(&sin)?)?)
         };
         let norm = |x: &Tensor, weight: &Tensor| x.f_rms_norm([c.hidden], Some(weight), c.norm_eps);
+        // Several rows behind others see all of those and the older ones among themselves.
+        let mask = (n > 1 && at > 0)
+            .then(|| Tensor::f_ones([n, at + n], (Kind::Bool, Device::Cpu))?.f_tril(at))
+            .transpose()?;
         for layer in &mut self.layers {
             let linear = |i: usize, x: &Tensor| {
                 let (weight, bias) = &layer.projections[i];
@@ -104,19 +113,22 @@ impl Libtorch {
             };
             let h = norm(&x, &layer.input_norm)?;
             let split = |x: Tensor, heads| x.f_view([b, n, heads, d])?.f_transpose(1, 2);
-            let (q, k) = (split(linear(0, &h)?, heads)?, split(linear(1, &h)?, kv_heads)?);
+            let (mut q, mut k) = (split(linear(0, &h)?, heads)?, split(linear(1, &h)?, kv_heads)?);
+            if let Some([q_norm, k_norm]) = &layer.head_norms {
+                q = q.f_rms_norm([d], Some(q_norm), c.norm_eps)?;
+                k = k.f_rms_norm([d], Some(k_norm), c.norm_eps)?;
+            }
             let v = split(linear(2, &h)?, kv_heads)?;
             layer.keys.f_narrow(2, at, n)?.f_copy_(&rotate(&k)?)?;
             layer.values.f_narrow(2, at, n)?.f_copy_(&v)?;
             let (keys, values) = (layer.keys.f_narrow(2, 0, at + n)?, layer.values.f_narrow(2, 0, at + n)?);
-            let none: Option<&Tensor> = None;
             let attended = Tensor::f_scaled_dot_product_attention(
                 &rotate(&q)?,
                 &keys,
                 &values,
-                none,
+                mask.as_ref(),
                 0.0,
-                n > 1,
+                n > 1 && mask.is_none(),
                 None,
                 true,
             )?;
@@ -129,7 +141,7 @@ impl Libtorch {
         let last = norm(&x.f_select(1, n - 1)?, &self.norm)?;
         self.position += n;
         let none: Option<&Tensor> = None;
-        Ok(last.f_linear(&self.embed_tokens, none)?)
+        Ok(last.f_linear(&self.head, none)?)
     }
 }
 
