@@ -402,6 +402,41 @@ impl Ledger {
         self.pure.then_some(self.settled)
     }
 
+    /// The books as numbers.
+    pub fn to_numbers(&self) -> Vec<i64> {
+        let [sink, window, settled] = [self.sink, self.window, self.settled].map(|n| n as i64);
+        let head = [sink, window, i64::from(self.bits.get()), settled, i64::from(self.pure)];
+        let pages = self.pages.iter().flat_map(|page| [page.tokens as i64, i64::from(page.bits.get())]);
+        head.into_iter().chain(pages).collect()
+    }
+
+    /// Books from what [`to_numbers`](Self::to_numbers) gave; `None` when the numbers cannot be books by these rules.
+    pub fn of_numbers(rules: &Rules, numbers: &[i64]) -> Option<Self> {
+        let width = |bits: i64| Bits::try_from(u32::try_from(bits).ok()?).ok();
+        let (head, pages) = numbers.split_first_chunk::<5>()?;
+        let [sink, window, bits, settled, pure] = *head;
+        let page = |page: &[i64]| {
+            let tokens = usize::try_from(page[0]).ok().filter(|n| (1..=rules.page()).contains(n))?;
+            Some(PageState { tokens, bits: width(page[1])? })
+        };
+        let mut books = Self::new(rules);
+        books.pages = pages.chunks_exact(2).map(page).collect::<Option<_>>()?;
+        books.sink = usize::try_from(sink).ok().filter(|n| *n <= rules.sink)?;
+        books.window = usize::try_from(window).ok().filter(|n| *n < rules.full())?;
+        books.window_pages = books.window.div_ceil(rules.page());
+        books.bits = width(bits)?;
+        books.pure = pure == 1;
+        let (middle, last) = books.pages.split_at(books.pages.len().checked_sub(books.window_pages)?);
+        let exact = last.iter().all(|page| page.bits == Bits::B16);
+        let in_window: usize = last.iter().map(|page| page.tokens).sum();
+        for page in middle {
+            books.at[slot(page.bits)] += page.tokens;
+        }
+        books.settled = usize::try_from(settled).ok().filter(|n| *n <= books.tokens())?;
+        let whole = pages.len().is_multiple_of(2) && matches!(pure, 0 | 1);
+        (whole && exact && in_window == books.window).then_some(books)
+    }
+
     /// Forgets all tokens but the first `tokens`. Below [`exact_from`](Self::exact_from), tokens that have been quantized
     /// stay so and the window begins anew.
     pub fn truncate(&mut self, rules: &Rules, tokens: usize) {

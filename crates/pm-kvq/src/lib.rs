@@ -12,11 +12,13 @@ pub mod answers;
 pub mod baselines;
 pub mod bits;
 pub mod budget;
+pub mod cache;
 pub mod calibrate;
 mod error;
 pub mod kernel;
 pub mod ledger;
 pub mod pack;
+pub mod plugin;
 pub mod quantize;
 pub mod shrink;
 

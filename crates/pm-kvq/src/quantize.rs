@@ -58,7 +58,12 @@ impl Group {
 
 /// The largest divisor of `head_dim` up to 128: values that share a scale unless told otherwise.
 pub fn default_group(head_dim: i64) -> i64 {
-    (1..=head_dim.min(128)).rev().find(|g| head_dim % g == 0).unwrap_or(1)
+    largest_divisor(head_dim, 128)
+}
+
+/// The largest divisor of `n` up to `most`.
+pub fn largest_divisor(n: i64, most: i64) -> i64 {
+    (1..=n.min(most)).rev().find(|g| n % g == 0).unwrap_or(1)
 }
 
 /// Quantizes and dequantizes `x` at `bits` (1 to 16; 0 leaves it as it is).
@@ -146,6 +151,31 @@ impl Codes {
         let codes = codes.f_to_kind(self.scale.kind())?;
         let values = codes.f_mul(&self.scale.f_unsqueeze(-1)?)?.f_sub(&self.zero.f_unsqueeze(-1)?)?;
         Ok(values.f_to_kind(Kind::BFloat16)?.f_reshape(&shape)?)
+    }
+
+    /// The same codes, sharing their memory.
+    pub fn shallow_clone(&self) -> Self {
+        let [codes, scale, zero] = [&self.codes, &self.scale, &self.zero].map(Tensor::shallow_clone);
+        Self { codes, scale, zero }
+    }
+
+    /// `len` tokens from token `from` on, the last axis but one; `None` when that is none.
+    pub fn narrow(&self, from: i64, len: i64) -> Result<Option<Self>> {
+        if len == 0 {
+            return Ok(None);
+        }
+        let part = |t: &Tensor| t.f_narrow(-2, from, len);
+        Ok(Some(Self { codes: part(&self.codes)?, scale: part(&self.scale)?, zero: part(&self.zero)? }))
+    }
+
+    /// The tokens of `a`, then those of `b`.
+    pub fn cat(a: &Self, b: &Self) -> Result<Self> {
+        let both = |a: &Tensor, b: &Tensor| Tensor::f_cat(&[a, b], -2);
+        Ok(Self {
+            codes: both(&a.codes, &b.codes)?,
+            scale: both(&a.scale, &b.scale)?,
+            zero: both(&a.zero, &b.zero)?,
+        })
     }
 
     /// These codes of width `from` at half the width, by the equivalent shift ([`crate::shrink`]); the scales stay in their

@@ -16,6 +16,8 @@ mod rivals;
 #[path = "parity/text.rs"]
 mod text;
 
+#[path = "parity/official.rs"]
+mod official;
 #[path = "parity/plan.rs"]
 mod plan;
 
@@ -27,9 +29,22 @@ pub const KINDS: Kinds = Kinds {
         "01_fake_quant",
         "02_pack_dequant",
         "03_shrink",
+        "04_cache_a_bf16",
+        "04_cache_a_f32",
+        "04_cache_b_bf16",
+        "04_cache_b_f32",
+        "04_cache_exhaust_bf16",
+        "04_cache_exhaust_f32",
+        "04_cache_init4_bf16",
+        "04_cache_init4_f32",
         "05_schedule",
         "06_plain_llama",
         "06_plain_qwen2",
+        "07_progressive_fake_exhaust_qwen2",
+        "07_progressive_fake_llama",
+        "07_progressive_fake_qwen2",
+        "08_progressive_real_llama",
+        "08_progressive_real_qwen2",
         "09_sensitivity_llama",
         "09_sensitivity_qwen2",
         "10_max_keys_llama",
@@ -43,23 +58,7 @@ pub const KINDS: Kinds = Kinds {
         "16_answer_text",
         "17_everyday_baselines",
     ],
-    later: &[
-        "04_cache_a_bf16",
-        "04_cache_a_f32",
-        "04_cache_b_bf16",
-        "04_cache_b_f32",
-        "04_cache_exhaust_bf16",
-        "04_cache_exhaust_f32",
-        "04_cache_init4_bf16",
-        "04_cache_init4_f32",
-        "07_progressive_fake_exhaust_qwen2",
-        "07_progressive_fake_llama",
-        "07_progressive_fake_qwen2",
-        "08_progressive_real_llama",
-        "08_progressive_real_qwen2",
-        "12_pmkvq_full_llama",
-        "12_pmkvq_full_qwen2",
-    ],
+    later: &["12_pmkvq_full_llama", "12_pmkvq_full_qwen2"],
     parts: &[
         "README.md",
         "model_llama.json",
