@@ -147,11 +147,16 @@ impl Rules {
             let found = format!("{} bits", self.floor.get());
             return setting("min-bits", found, &format!("at most the first width, {} bits", self.init.get()));
         }
-        let needed = ((self.sink + self.most_exact()) * self.shape.token(Bits::B16, self.count)) as u64;
+        let needed = self.least_budget();
         match self.budget {
             Some(given) if given < needed => Err(Error::BudgetTooSmallForWindow { needed, given }),
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of sink and window at their fullest, which every budget has to hold.
+    pub fn least_budget(&self) -> u64 {
+        ((self.sink + self.full() - 1) * self.shape.token(Bits::B16, self.count)) as u64
     }
 
     /// Tokens of a page: the largest divisor of the window up to [`PAGE`], so that a block is whole pages.
@@ -165,11 +170,6 @@ impl Rules {
             WindowMode::Block => self.window,
             WindowMode::Sliding => 2 * self.window,
         }
-    }
-
-    /// The most tokens that the window holds after a block has left.
-    fn most_exact(&self) -> usize {
-        self.full() - 1
     }
 
     /// Tokens in the window after `n` tokens beyond the sink.

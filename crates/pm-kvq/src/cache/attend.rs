@@ -36,11 +36,11 @@ impl Incoming {
         let (_, kv_heads, d) = k.size3()?;
         let keys = rotated(at, k)?;
         let values = widened(v)?;
-        let largest =
-            |rows: &[f32]| rows.iter().fold(0f32, |most, x| if x.abs() <= most { most } else { x.abs() });
+        let largest = |rows: &[f32]| rows.iter().fold(0f32, |most, x| most.max(x.abs()));
         let most = largest(&keys).max(largest(&values));
-        // A comparison with NaN is false, so the fold lets it through to here; `max` would drop it.
-        if !largest(&keys).is_finite() || !largest(&values).is_finite() || most > f32::MAX / 4.0 {
+        // `max` passes NaN over. What is larger could not be subtracted from its opposite.
+        let finite = [&keys, &values].into_iter().all(|rows| rows.iter().all(|x| x.is_finite()));
+        if !finite || most > f32::MAX / 4.0 {
             return Err(Error::NonFiniteInput { layer: at.layer });
         }
         if exact == Format::F16 && most > 65504.0 {

@@ -182,7 +182,7 @@ impl CacheConfig {
         } else if let Some(tokens) = self.max_len {
             for rules in &mut rules {
                 rules.budget = Some(match self.budget_mode {
-                    BudgetMode::Exact => budget::exact(rules, rules.floor, tokens),
+                    BudgetMode::Exact => budget::exact(rules, rules.floor, tokens).max(rules.least_budget()),
                     BudgetMode::Official => {
                         budget::official(rules.floor, shape.kv_heads, shape.head_dim, tokens)
                     }
