@@ -51,6 +51,8 @@ pub const KINDS: Kinds = Kinds {
         "10_max_keys_qwen2",
         "11_search_llama",
         "11_search_qwen2",
+        "12_pmkvq_full_llama",
+        "12_pmkvq_full_qwen2",
         "13_baselines_llama",
         "13_baselines_qwen2",
         "14_allocation",
@@ -58,7 +60,7 @@ pub const KINDS: Kinds = Kinds {
         "16_answer_text",
         "17_everyday_baselines",
     ],
-    later: &["12_pmkvq_full_llama", "12_pmkvq_full_qwen2"],
+    later: &[],
     parts: &[
         "README.md",
         "model_llama.json",

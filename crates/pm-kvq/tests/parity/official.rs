@@ -4,6 +4,7 @@ use nics_core::models::Model;
 use nics_core::seam::KvCache;
 use pm_kvq::cache::OfficialCache;
 use pm_kvq::cache::official::{Backend, LayerState, Settings};
+use pm_kvq::calibrate::{Scales, fold};
 use pm_kvq::{Bits, Error, pack};
 use tch::{Kind, Tensor};
 
@@ -160,6 +161,26 @@ fn packed_behind_models() {
     for case in cases("08_") {
         let model = model_of(&case);
         let (trace, logits, _) = run(&case, Backend::Packed, &model);
+        assert_eq!(trace, case.field::<Vec<Vec<usize>>>("trace"), "{}", case.name);
+        assert_agrees(&logits.unwrap(), case.tensor("logits_steps"), &case.name);
+    }
+}
+
+#[test]
+fn simulated_behind_folded_models() {
+    for case in cases("12_") {
+        let mut model = model_of(&case);
+        // E.g. `11_search_llama rep_scales.b2`.
+        let source: String = case.field("rep_scales_from");
+        let (file, prefix) = source.split_once(' ').unwrap();
+        let scales = crate::kit::case(file);
+        let layers = 0..model.dims().layers;
+        // [1, kv_heads, 1, d / 2] -> [kv_heads, d / 2]
+        let layers: Vec<Tensor> = layers
+            .map(|l| scales.tensor(&format!("{prefix}.layer{l}")).squeeze_dim(0).squeeze_dim(1))
+            .collect();
+        fold(&mut model, &Scales::new(&layers).unwrap()).unwrap();
+        let (trace, logits, _) = run(&case, Backend::Simulated, &model);
         assert_eq!(trace, case.field::<Vec<Vec<usize>>>("trace"), "{}", case.name);
         assert_agrees(&logits.unwrap(), case.tensor("logits_steps"), &case.name);
     }
