@@ -99,7 +99,6 @@ const FREE: &[c_long] = &[
     libc::SYS_uname,
     libc::SYS_sysinfo,
     libc::SYS_getrusage,
-    libc::SYS_getrlimit,
     libc::SYS_getrandom,
     libc::SYS_capget,
     // The program itself is begun by this one; another program has the same filters.
@@ -124,6 +123,7 @@ const FREE_HERE: &[c_long] = &[
     libc::SYS_alarm,
     libc::SYS_time,
     libc::SYS_getpgrp,
+    libc::SYS_getrlimit,
     libc::SYS_arch_prctl,
 ];
 #[cfg(not(target_arch = "x86_64"))]
