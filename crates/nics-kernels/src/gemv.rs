@@ -108,15 +108,8 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
             assert_eq!(p.y.len(), out * rows, "results are not {rows} rows");
             assert_eq!(p.weight.len(), out * input, "the weight is not [{out}, {input}]");
             assert!(p.bias.is_none_or(|b| b.len() == out), "the bias is not [{out}]");
-            let row_bytes = input * p.weight.kind().size();
-            let (least, most) = ((LEAST_BYTES / row_bytes).max(1), (MOST_BYTES / row_bytes).max(1));
-            let mut first = 0;
-            while first < out {
-                let share = (out - first) / (2 * pool.threads());
-                let end = out.min(first + share.clamp(least, most.max(least)).next_multiple_of(OUTPUTS));
-                tasks.push(Task { target: i, outputs: first..end });
-                first = end;
-            }
+            let shares = shares(out, input * p.weight.kind().size(), pool.threads());
+            tasks.extend(shares.map(|outputs| Task { target: i, outputs }));
             Target {
                 weight: p.weight,
                 bias: p.bias,
@@ -160,6 +153,20 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
             });
         });
     });
+}
+
+/// How the outputs of a matrix with rows of so many bytes are shared out among threads: large tasks first, of one to
+/// [`OUTPUTS`] outputs more than they have to be so that they are whole multiples of that.
+pub fn shares(out: usize, row_bytes: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let (least, most) = ((LEAST_BYTES / row_bytes.max(1)).max(1), (MOST_BYTES / row_bytes.max(1)).max(1));
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let share = (out - first) / (2 * threads.max(1));
+        let end = out.min(first + share.clamp(least, most.max(least)).next_multiple_of(OUTPUTS));
+        let outputs = first..end;
+        first = end;
+        (!outputs.is_empty()).then_some(outputs)
+    })
 }
 
 /// `x` in f32, in panels of [`CHANNELS`] channels of every row, padded with zeros.

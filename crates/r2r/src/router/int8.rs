@@ -2,18 +2,19 @@
 
 use nics_core::nn::memory::floats;
 use nics_kernels::Pool;
+use nics_kernels::gemv::shares;
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// Outputs of one task of the pool.
-const OUTPUTS: usize = 64;
 /// Outputs whose sums are taken together: each value of `x` is loaded once for all of them.
 const TOGETHER: usize = 4;
 /// Independent sums of a dot product.
 const LANES: usize = 16;
 /// Bytes of a line of the caches.
 const LINE: usize = 64;
+/// Bytes by which weights are asked for ahead of what is read, at least.
+const AHEAD: usize = 8 << 10;
 
 /// `weight` (`[out, in]`, float32) as values (int8, `[out, in]`) and scales (`[out]`): the row's largest magnitude
 /// becomes 127.
@@ -63,10 +64,11 @@ pub fn product(
         unsafe { std::slice::from_raw_parts(values.data_ptr().cast_const().cast(), out * input) };
     let results = Results(y.data_ptr().cast());
     let results = &results;
-    pool.run(out.div_ceil(OUTPUTS), &|task| {
-        let end = ((task + 1) * OUTPUTS).min(out);
-        for first in (task * OUTPUTS..end).step_by(TOGETHER) {
-            let count = TOGETHER.min(end - first);
+    let tasks: Vec<_> = shares(out, input, pool.threads()).collect();
+    pool.run(tasks.len(), &|task| {
+        let outputs = tasks[task].clone();
+        for first in outputs.clone().step_by(TOGETHER) {
+            let count = TOGETHER.min(outputs.end - first);
             // A missing output takes the weights of the last one; its sum is thrown away.
             let weights: [&[i8]; TOGETHER] = std::array::from_fn(|i| {
                 let o = first + i.min(count - 1);
@@ -108,7 +110,7 @@ fn dots_avx512(weights: [&[i8]; TOGETHER], x: &[f32]) -> [f32; TOGETHER] {
     assert!(weights.iter().all(|w| w.len() == x.len()));
     let mut sums = [[_mm512_setzero_ps(); 2]; TOGETHER];
     // The outputs that come next lie behind these. Four short rows in turns are no pattern that the processor foresees.
-    let ahead = TOGETHER * x.len();
+    let ahead = AHEAD.next_multiple_of(TOGETHER * x.len().max(1));
     for at in (0..whole).step_by(2 * LANES) {
         if at % LINE == 0 {
             for w in weights {
