@@ -9,7 +9,7 @@
 //! | [`RotateKv`] | keys in a rotated and ordered basis before rotary rotation |
 //! | [`Residual`], [`FrozenFp8`] | the quantized caches of transformers |
 //!
-//! All of them are one cache, [`Simulated`], which counts the bytes that each format takes.
+//! All of them are one cache, [`Simulated`], which counts the bytes that each format takes; [`Baseline`] makes them by name.
 
 mod cache;
 pub mod everyday;
@@ -17,6 +17,7 @@ mod format;
 mod hadamard;
 mod kivi;
 mod mikv;
+mod named;
 mod rotatekv;
 mod rows;
 mod rtn;
@@ -28,6 +29,7 @@ pub use format::{Coder, Coders, Format, HALF};
 pub use hadamard::Hadamard;
 pub use kivi::Kivi;
 pub use mikv::Mikv;
+pub use named::Baseline;
 pub use rotatekv::{RotateKv, channel_orders};
 pub use rows::Rows;
 pub use rtn::{Rtn, When};

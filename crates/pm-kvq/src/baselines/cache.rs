@@ -79,6 +79,11 @@ pub trait Method: Send {
         Ok(())
     }
 
+    /// Whether a row reads back the same whatever comes after it, so that sequences may share a beginning.
+    fn stands_alone(&self) -> bool {
+        false
+    }
+
     /// Rows of a sequence of `tokens` that may be exact at once.
     fn exact(&self, tokens: usize) -> usize {
         let _ = tokens;
@@ -98,6 +103,13 @@ pub struct Simulated {
 struct Sequence {
     max_tokens: usize,
     layers: Vec<Rows>,
+}
+
+impl Sequence {
+    /// Whether every layer keeps exactly the rows at positions 0 to `position`, and they fit `max_tokens`.
+    fn begins_with(&self, position: usize, max_tokens: usize) -> bool {
+        position <= max_tokens && self.layers.iter().all(|rows| rows.begins_with(position))
+    }
 }
 
 impl Simulated {
@@ -289,6 +301,24 @@ impl KvCache for Simulated {
     fn forecast(&self, dims: &ModelDims, tokens: usize) -> usize {
         let exact = self.method.exact(tokens).min(tokens);
         dims.layers * self.method.bytes(dims, tokens - exact, exact)
+    }
+
+    fn branch(&mut self, s: SeqId, position: usize, max_tokens: usize) -> nics_core::Result<Option<SeqId>> {
+        let sequence = self.sequence(s)?;
+        if !(self.method.stands_alone() && sequence.begins_with(position, max_tokens)) {
+            return Ok(None);
+        }
+        let first = sequence.layers.iter().map(|rows| rows.first(position, max_tokens));
+        let layers = first.collect::<Result<_>>()?;
+        Ok(Some(self.insert(max_tokens, layers)))
+    }
+
+    fn resume(&mut self, s: SeqId, position: usize, max_tokens: usize) -> nics_core::Result<bool> {
+        let Some(branch) = self.branch(s, position, max_tokens)? else { return Ok(false) };
+        if let Some(cut) = self.sequences.remove(&branch) {
+            self.sequences.insert(s, cut);
+        }
+        Ok(true)
     }
 
     fn fork(&mut self, s: SeqId) -> nics_core::Result<SeqId> {

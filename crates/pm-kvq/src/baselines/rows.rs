@@ -153,6 +153,22 @@ impl Rows {
         Ok(())
     }
 
+    /// Whether the rows begin with those at positions 0 to `position`, none of them missing.
+    pub(super) fn begins_with(&self, position: usize) -> bool {
+        self.kept.begins_with(position)
+    }
+
+    /// A copy of the first `rows` rows, with room to grow within `max_tokens`.
+    pub(super) fn first(&self, rows: usize, max_tokens: usize) -> Result<Self> {
+        Ok(Self {
+            kept: self.kept.first(rows, max_tokens)?,
+            stored: self.stored[..rows].to_vec(),
+            scores: self.scores[..rows].to_vec(),
+            state: shallow(&self.state),
+            undo: None,
+        })
+    }
+
     /// Forgets the rows at `position` and after.
     pub(super) fn truncate(&mut self, position: usize) {
         let rows = self.kept.before(position);

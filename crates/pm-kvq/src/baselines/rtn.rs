@@ -46,6 +46,10 @@ impl Method for Rtn {
         self.coders.bytes(dims, stored, exact)
     }
 
+    fn stands_alone(&self) -> bool {
+        true
+    }
+
     fn before(&self, new: &Arrived, rows: &mut Rows) -> Result<()> {
         if self.when == When::Before { self.coders.store(rows, &new.rows()) } else { Ok(()) }
     }

@@ -75,6 +75,10 @@ impl Method for FrozenFp8 {
         "transformers:fp8".into()
     }
 
+    fn stands_alone(&self) -> bool {
+        true
+    }
+
     fn check(&self, _dims: &ModelDims) -> Result<()> {
         Ok(())
     }

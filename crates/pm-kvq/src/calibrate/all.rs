@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use nics_base::artefact::Lock;
 use nics_base::interrupt::Interrupt;
 use nics_core::checkpoint::{TensorPath, note, save_file};
 use nics_core::models::Model;
@@ -25,6 +26,8 @@ use crate::{Bits, Error, Result};
 
 /// The file with the sums of an unfinished run; it stays, so that a finished run is not repeated either.
 pub const PROGRESS: &str = "progress.safetensors";
+/// Held by the run that writes.
+const LOCK: &str = ".calibration.lock";
 const NOTE: &str = "progress";
 
 /// What a calibration is asked for.
@@ -163,7 +166,7 @@ impl Sums {
 /// Calibrates a model on some samples and writes all artefacts into `out`. A run that finds its own progress there goes on.
 ///
 /// # Errors
-/// What any stage refuses; progress of other settings; a stop that was asked for.
+/// What any stage refuses; progress of other settings; a second run in the same folder; a stop that was asked for.
 pub fn calibrate(
     model: &mut dyn Model,
     samples: &Samples,
@@ -176,6 +179,7 @@ pub fn calibrate(
     let identity = nics_base::hash::value(&(settings, samples.hash(), samples.seq_len(), origin))?;
     let files = Files::at(out);
     let path = files.path(PROGRESS);
+    let _lock = Lock::take(files.path(LOCK))?;
     let mut sums = Sums::load(&path, &identity)?;
     let seq_len = samples.seq_len();
     let step = stretch(seq_len, settings.effective_len)?;

@@ -17,6 +17,7 @@ use nics_core::checkpoint::{Checkpoint, TensorPath, note, save_file};
 use nics_core::models::ModelDims;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::max_keys::{MaxKeys, MaxMode};
@@ -88,29 +89,40 @@ fn short(hash: &str) -> String {
     hash.chars().take(16).collect()
 }
 
-/// What is in every file beside its contents.
-#[derive(Debug, Serialize, Deserialize)]
-struct Filed<T> {
+/// What is written: the contents' fields behind those that every file has.
+#[derive(Debug, Serialize)]
+struct Filed<'a, T> {
+    format_version: u32,
+    #[serde(flatten)]
+    origin: &'a Origin,
+    #[serde(flatten)]
+    contents: &'a T,
+}
+
+impl<'a, T> Filed<'a, T> {
+    fn new(origin: &'a Origin, contents: &'a T) -> Self {
+        Self { format_version: FORMAT, origin, contents }
+    }
+}
+
+/// What every file has.
+#[derive(Debug, Deserialize)]
+struct Head {
     format_version: u32,
     #[serde(flatten)]
     origin: Origin,
-    #[serde(flatten)]
-    contents: T,
 }
 
-impl<T> Filed<T> {
-    fn new(origin: &Origin, contents: T) -> Self {
-        Self { format_version: FORMAT, origin: origin.clone(), contents }
+/// The contents of what [`Filed`] wrote.
+fn opened<T: DeserializeOwned>(path: &Path, json: &[u8], model: &Origin) -> Result<T> {
+    let all: Value = serde_json::from_slice(json).map_err(|e| wrong(path, e))?;
+    let head = Head::deserialize(&all).map_err(|e| wrong(path, e))?;
+    if head.format_version != FORMAT {
+        let reason = format!("format version {}, this release reads {FORMAT}", head.format_version);
+        return Err(wrong(path, reason));
     }
-
-    fn opened(self, path: &Path, model: &Origin) -> Result<T> {
-        if self.format_version != FORMAT {
-            let reason = format!("format version {}, this release reads {FORMAT}", self.format_version);
-            return Err(Error::Artefact { path: path.to_owned(), reason });
-        }
-        self.origin.check(path, model)?;
-        Ok(self.contents)
-    }
+    head.origin.check(path, model)?;
+    serde_json::from_value(all).map_err(|e| wrong(path, e))
 }
 
 fn wrong(path: &Path, reason: impl std::fmt::Display) -> Error {
@@ -134,8 +146,7 @@ fn read_json<T: DeserializeOwned>(path: &Path, model: &Origin) -> Result<T> {
         return Err(wrong(path, format!("{len} bytes, expected at most {MAX_JSON}")));
     }
     let text = std::fs::read(path).map_err(io)?;
-    let filed: Filed<T> = serde_json::from_slice(&text).map_err(|e| wrong(path, e))?;
-    filed.opened(path, model)
+    opened(path, &text, model)
 }
 
 /// Writes a sensitivity.
@@ -273,14 +284,13 @@ fn read_layers<T: DeserializeOwned>(
 ) -> Result<(Vec<Tensor>, T)> {
     let json = note(path, NOTE).map_err(nics_core::Error::from)?;
     let json = json.ok_or_else(|| wrong(path, "its metadata does not say what it was calibrated on"))?;
-    let filed: Filed<T> = serde_json::from_str(&json).map_err(|e| wrong(path, format!("its note: {e}")))?;
-    let about = filed.opened(path, model)?;
-    let file = TensorPath::from_file(path).map_err(nics_core::Error::from)?;
+    let about = opened(path, json.as_bytes(), model)?;
+    let in_file = |e| nics_core::Error::from(e).in_file(path);
+    let file = TensorPath::from_file(path).map_err(in_file)?;
     let shape = [dims.kv_heads, dims.head_dim / 2];
     let mut layers = Vec::with_capacity(dims.layers);
     for l in 0..dims.layers {
-        let t = file.tensor_as(&format!("layers.{l}.{name}"), &shape, Kind::Float);
-        let t = t.map_err(nics_core::Error::from)?;
+        let t = file.tensor_as(&format!("layers.{l}.{name}"), &shape, Kind::Float).map_err(in_file)?;
         if !finite(&t)? {
             return Err(wrong(path, format!("layers.{l}.{name} has values that are not finite")));
         }
