@@ -2,6 +2,8 @@
 //! each width, libtorch's scaled dot-product attention on the same numbers in bf16 and f32, dequantization followed by it
 //! (what simulated quantizers do), and the block formats of everyday use.
 //!
+//! Beside it, halving the width of such a layer in place on one core, against a table of bytes.
+//!
 //! Codes are random; the floats that libtorch gets are what the codes mean, so that everybody computes the same. As in
 //! `attention`, a turn goes through more memory than caches hold.
 
@@ -10,11 +12,12 @@ use half::{bf16, f16};
 use nics_core::nn::memory::floats as slice;
 use nics_kernels::memory::prefer_huge_pages;
 use nics_kernels::{Values, ValuesMut, pool};
-use pm_kvq::kernel::{Blocks, Heads, Page, PageView, Rows, attend};
+use pm_kvq::kernel::{Blocks, Heads, Page, PageView, Rows, attend, narrow};
+use pm_kvq::shrink::{Shift, shrink_codes};
 use pm_kvq::{Bits, pack};
 use tch::{Device, Kind, Tensor};
 
-use crate::figure::{Absent, Case, id};
+use crate::figure::{Case, id};
 use crate::memory::{WORKING_SET, random};
 use crate::peers::libtorch::floats;
 use crate::race::{Contender, race, tell, timed};
@@ -46,7 +49,73 @@ pub fn run(settings: &Settings) -> Result<()> {
             }
         }
     }
+    for from in [Bits::B8, Bits::B4] {
+        let tokens = settings.pick(32768, 32768, 160);
+        if settings.wants(&id(SUITE, "uint8", &halving(from), TOKENS, tokens as f64)) {
+            tell(settings, &halve(settings, from, tokens)?)?;
+        }
+    }
     Ok(())
+}
+
+const TOKENS: &str = "tokens";
+
+fn halving(from: Bits) -> String {
+    format!("{} to {} bits on one core", from.get(), from.get() / 2)
+}
+
+/// Halves keys and values of a layer, page by page.
+fn halve(settings: &Settings, from: Bits, tokens: usize) -> Result<Case> {
+    let (keys, dim) = (HEADS.keys, HEADS.dim);
+    let codes = random(&[1, (2 * keys * tokens) as i64, from.bytes(dim) as i64], Kind::Float, SEED)?;
+    let codes = codes.f_mul_scalar(127.0)?.f_add_scalar(128.0)?.f_to_kind(Kind::Uint8)?.f_view([-1])?;
+    let codes: Vec<u8> = Vec::try_from(&codes)?;
+    let page = from.bytes(PAGE * dim);
+    let halved = |codes: &mut [u8], one: &dyn Fn(&mut [u8], &mut [f32])| {
+        let mut scales = [1f32; PAGE];
+        for page in codes.chunks_mut(page) {
+            let tokens = page.len() / from.bytes(dim);
+            one(page, &mut scales[..tokens]);
+        }
+    };
+    let ours = |page: &mut [u8], scales: &mut [f32]| narrow::halve(from, dim, page, scales);
+    let table = |page: &mut [u8], _: &mut [f32]| shrink_codes(Shift::Equivalent, from, dim, page);
+    let (mut a, mut b) = (repeated(&codes, 1), repeated(&codes, 1));
+    halved(&mut a, &ours);
+    halved(&mut b, &table);
+    if a != b {
+        bail!("the table of bytes gives other codes");
+    }
+    // What is halved again is other codes: the time does not depend on them.
+    let mut contenders = [
+        Contender::new("ours", || {
+            timed(1.0, || {
+                halved(&mut a, &ours);
+                Ok(())
+            })
+        }),
+        Contender::new("a table of bytes", || {
+            timed(1.0, || {
+                halved(&mut b, &table);
+                Ok(())
+            })
+        }),
+    ];
+    let runs = race(&mut contenders, &settings.short_budget())?;
+    Ok(Case {
+        suite: SUITE.into(),
+        name: halving(from),
+        dtype: "uint8".into(),
+        x: tokens as f64,
+        x_label: TOKENS.into(),
+        per: "layer".into(),
+        model: format!("keys and values of {keys} heads of {dim}"),
+        threads: 1,
+        seed: SEED,
+        bytes: None,
+        runs,
+        absent: Vec::new(),
+    })
 }
 
 /// `copies` times the same values, in huge pages where the system has them.
@@ -123,8 +192,8 @@ impl Kept {
         out
     }
 
-    /// Pages of copy `copy` of `rows`, `[batch][key heads, pages]`, with what `view` makes of the rows from a number on. Within a
-    /// head they lie in no order, as those of a pool do; softmax does not mind.
+    /// Pages of every sequence, `[key heads, pages]`: what `view` makes of so many rows from a row on. Within a head they are
+    /// taken in no order, as those of a pool lie; softmax does not mind.
     fn pages<'a>(
         batch: usize,
         context: usize,
@@ -371,6 +440,6 @@ fn measure(settings: &Settings, bits: Bits, context: usize, batch: usize) -> Res
         seed: SEED,
         bytes: Some((k.bytes() + v.bytes()) as u64),
         runs,
-        absent: Vec::<Absent>::new(),
+        absent: Vec::new(),
     })
 }
