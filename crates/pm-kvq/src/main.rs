@@ -1,0 +1,35 @@
+//! `pm-kvq`: plans, calibrates, writes and measures with caches that step down in width.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nics_core::cli::{LogArgs, main_exit};
+
+/// PM-KVQ: a KV cache that starts precise and steps down in width as memory fills, for long chains of thought.
+#[derive(Parser)]
+#[command(name = "pm-kvq", version, about, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Foretell from a config.json alone at how many tokens each width begins, and what memory it takes
+    Plan(commands::plan::Plan),
+    /// Train the tiny models of the nano study; resumable
+    Train(commands::train::Train),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.log.init();
+    main_exit(|| match cli.command {
+        Command::Plan(command) => command.run(),
+        Command::Train(command) => command.run(cli.log.quiet),
+    })
+}
