@@ -28,6 +28,8 @@ mod rows;
 #[cfg(target_arch = "x86_64")]
 mod source;
 #[cfg(target_arch = "x86_64")]
+mod stored;
+#[cfg(target_arch = "x86_64")]
 mod tile;
 
 use std::cell::RefCell;

@@ -7,7 +7,8 @@ use nics_kernels::lanes::{Avx2, Avx512};
 use nics_kernels::{Isa, Values};
 
 use super::source::{Blocks4, Blocks8, Codes2, Codes4, Codes8, Numbers, Source};
-use super::tile::{Stored, Tiles};
+use super::stored::Stored;
+use super::tile::Tiles;
 use super::{Blocks, Page, PageView, Rows};
 use crate::{Bits, pack};
 
