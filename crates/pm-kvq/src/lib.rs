@@ -14,6 +14,7 @@ pub mod bits;
 pub mod budget;
 pub mod cache;
 pub mod calibrate;
+pub mod compare;
 mod error;
 pub mod kernel;
 pub mod ledger;
@@ -21,6 +22,7 @@ pub mod pack;
 pub mod plugin;
 pub mod quantize;
 pub mod shrink;
+pub mod watch;
 
 pub use bits::Bits;
 pub use error::{Error, Result};

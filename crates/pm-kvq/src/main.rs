@@ -21,8 +21,14 @@ struct Cli {
 enum Command {
     /// Foretell from a config.json alone at how many tokens each width begins, and what memory it takes
     Plan(commands::plan::Plan),
-    /// Train the tiny models of the nano study; resumable
-    Train(commands::train::Train),
+    /// Write replies to prompts: one, a file, or JSON Lines; resumable
+    Generate(commands::generate::Generate),
+    /// Measure on texts what widths and key scales a model needs; resumable
+    Calibrate(commands::calibrate::Calibrate),
+    /// Choose the width of each layer from a sensitivity and a budget
+    Allocate(commands::allocate::Allocate),
+    /// Compare caches on the same model, prompts and seeds; resumable
+    Compare(commands::compare::Compare),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +36,9 @@ fn main() -> ExitCode {
     cli.log.init();
     main_exit(|| match cli.command {
         Command::Plan(command) => command.run(),
-        Command::Train(command) => command.run(cli.log.quiet),
+        Command::Generate(command) => command.run(cli.log.quiet),
+        Command::Calibrate(command) => command.run(cli.log.quiet),
+        Command::Allocate(command) => command.run(),
+        Command::Compare(command) => command.run(cli.log.quiet),
     })
 }

@@ -1,9 +1,13 @@
 //! The subcommands: parse, call the library, print.
 
+pub mod allocate;
 mod cache;
+pub mod calibrate;
+pub mod compare;
+pub mod generate;
+mod opened;
 pub mod plan;
 mod shape;
-pub mod train;
 
 use std::path::Path;
 
