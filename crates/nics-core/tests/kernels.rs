@@ -60,44 +60,57 @@ proptest! {
     }
 
     #[test]
-    fn one_row_a_sequence_equals_attention_by_libtorch(
+    fn a_few_rows_of_each_sequence_equal_attention_by_libtorch_and_themselves_one_by_one(
         lengths in prop::collection::vec(1usize..30, 1..5), long in any::<bool>(), kv_heads in 1i64..3, group in 1i64..8,
-        half in prop::sample::select(vec![3i64, 8, 16, 32, 64]), kind in 0usize..3, window in prop::option::of(1usize..20),
-        seed in 0i64..1000,
+        half in prop::sample::select(vec![3i64, 8, 16, 32, 64]), kind in 0usize..3, mask in 0usize..3, w in 1usize..20,
+        new in prop::collection::vec(1usize..=16, 5), seed in 0i64..1000,
     ) {
         let (kind, d, heads) = (KINDS[kind], 2 * half, kv_heads * group);
         let rope = RopeConfig { theta: 1e4, head_dim: d, max_positions: 4096, scaling: RopeScaling::None };
         let rotary = Rotary::new(rope, Device::Cpu);
-        let mask = window.map_or(Mask::Causal, Mask::Window);
+        let mask = [Mask::Causal, Mask::Window(w), Mask::Full][mask];
         let mut cache = DenseCache::new();
         let input = Tensor::zeros([1, 1], (kind, Device::Cpu));
         let mut seqs = Vec::new();
-        let call = |cache: &mut DenseCache, rows: &Ragged, salt: i64| {
+        let drawn = |rows: &Ragged, salt: i64| {
             let n = rows.len() as i64;
-            let (q, k, v) = (random(&[n, heads, d], kind, salt), random(&[n, kv_heads, d], kind, salt + 1), random(&[n, kv_heads, d], kind, salt + 2));
+            (random(&[n, heads, d], kind, salt), random(&[n, kv_heads, d], kind, salt + 1), random(&[n, kv_heads, d], kind, salt + 2))
+        };
+        let attend = |cache: &mut DenseCache, rows: &Ragged, q: &Tensor, k: &Tensor, v: &Tensor| {
             let rope = rotary.rows(rows).unwrap();
             let site = Site { layer: 0, rows, rope: &rope, input: &input, mask, want_scores: None, scale: 0.3 };
-            let out = cache.attend(&site, &q, &k, &v).unwrap().out;
-            (out, rope.apply(&q.to_kind(Kind::Double)).unwrap())
+            cache.attend(&site, q, k, v).unwrap().out
         };
         for (i, &n) in lengths.iter().enumerate() {
             let n = if long && i == 0 { n + 1100 } else { n };
-            let s = cache.open(n + 3).unwrap();
-            // More rows than the kernels take: libtorch's way.
-            let _ = call(&mut cache, &Ragged::contiguous(&[(s, 0, n)]), seed * 100 + i as i64 * 10);
-            seqs.push((s, n));
+            let s = cache.open(n + 16).unwrap();
+            let rows = Ragged::contiguous(&[(s, 0, n)]);
+            let (q, k, v) = drawn(&rows, seed * 100 + i as i64 * 10);
+            let _ = attend(&mut cache, &rows, &q, &k, &v);
+            seqs.push((s, n, new[i]));
         }
-        let rows = Ragged::contiguous(&seqs.iter().map(|&(s, n)| (s, n, 1)).collect::<Vec<_>>());
-        let (out, q) = call(&mut cache, &rows, seed * 100 + 99);
-        prop_assert_eq!((out.kind(), out.size()), (kind, vec![seqs.len() as i64, heads, d]));
-        for (i, &(s, n)) in seqs.iter().enumerate() {
-            prop_assert_eq!(cache.kept(s, 0), n + 1);
-            let (k, v) = cache.rows(s, 0).unwrap();
-            let positions: Vec<i64> = (0..=n as i64).collect();
-            let q = q.narrow(0, i as i64, 1);
-            let (k, v) = (k.to_kind(Kind::Double), v.to_kind(Kind::Double));
-            let expected = attend_one(&q, &k, &v, &positions[n..], &positions, mask, 0.3).unwrap();
-            close(&out.narrow(0, i as i64, 1), &expected, kind);
+        let alone: Vec<_> = seqs.iter().map(|&(s, ..)| cache.fork(s).unwrap()).collect();
+        let rows = Ragged::contiguous(&seqs);
+        let (q, k, v) = drawn(&rows, seed * 100 + 99);
+        let out = attend(&mut cache, &rows, &q, &k, &v);
+        prop_assert_eq!((out.kind(), out.size()), (kind, vec![rows.len() as i64, heads, d]));
+        let rotated = rotary.rows(&rows).unwrap().apply(&q.to_kind(Kind::Double)).unwrap();
+        let mut first = 0;
+        for (&(s, n, more), &alone) in seqs.iter().zip(&alone) {
+            prop_assert_eq!(cache.kept(s, 0), n + more);
+            let (keys, values) = cache.rows(s, 0).unwrap();
+            let positions: Vec<i64> = (0..(n + more) as i64).collect();
+            let part = |t: &Tensor| t.narrow(0, first, more as i64);
+            let (keys, values) = (keys.to_kind(Kind::Double), values.to_kind(Kind::Double));
+            let expected =
+                attend_one(&part(&rotated), &keys, &values, &positions[n..], &positions, mask, 0.3).unwrap();
+            close(&part(&out), &expected, kind);
+            for j in (0..more).filter(|_| !matches!(mask, Mask::Full)) {
+                let one = |t: &Tensor| t.narrow(0, first + j as i64, 1);
+                let row = Ragged::contiguous(&[(alone, n + j, 1)]);
+                prop_assert_eq!(attend(&mut cache, &row, &one(&q), &one(&k), &one(&v)), one(&out));
+            }
+            first += more as i64;
         }
     }
 }

@@ -1,5 +1,6 @@
-//! The dense cache's way for one new row a sequence on the CPU: rotate, write and attend in one pass
-//! ([`nics_kernels::attention`]), instead of a dozen calls of libtorch for each sequence.
+//! The dense cache's way for a few new rows of each sequence on the CPU: rotate, write and attend in one pass
+//! ([`nics_kernels::attention`]), instead of a dozen calls of libtorch for each sequence. A row's result is the same bit for bit
+//! whatever other rows come with it.
 
 use nics_kernels::attention::{Heads, Kept, attend};
 use nics_kernels::rotary::rotate;
@@ -11,9 +12,12 @@ use crate::Result;
 use crate::nn::memory::{floats, values, values_mut};
 use crate::seam::{Mask, Site};
 
+/// The most rows of a sequence in a call: each of them reads all keys again, from a cache.
+const FEW: usize = 16;
+
 /// What one sequence keeps in a layer.
 pub struct Stored<'a> {
-    /// Keys (rotated), `[kv_heads, capacity, head_dim]`, with room for one row behind the kept ones.
+    /// Keys (rotated), `[kv_heads, capacity, head_dim]`, with room for the new rows behind the kept ones.
     pub keys: &'a mut Tensor,
     /// Values, of the same shape.
     pub values: &'a mut Tensor,
@@ -21,17 +25,17 @@ pub struct Stored<'a> {
     pub positions: &'a [i64],
 }
 
-/// Whether the call is one row a sequence that kernels can attend.
+/// Whether the call is a few rows of each sequence that kernels can attend.
 pub fn fits(at: &Site, q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
-    at.rows.even() == Some(1)
+    at.rows.lens().iter().all(|&n| (1..=FEW).contains(&n))
         && at.want_scores.is_none()
         && !matches!(at.mask, Mask::Additive(_))
         && [q, k, v].into_iter().all(|t| values(t).is_some())
         && [&at.rope.cos, &at.rope.sin].into_iter().all(|t| floats(t).is_some())
 }
 
-/// Writes each sequence's new key (rotated) and value behind the kept ones and attends; `None` when the storage is not
-/// for kernels. Shapes have been checked; `stored` goes with the rows of `q` (`[rows, heads, head_dim]`).
+/// Writes each sequence's new keys (rotated) and values behind the kept ones and attends; `None` when the storage is not
+/// for kernels. Shapes have been checked; `stored` goes with the sequences of `at`.
 pub fn attend_rows(
     at: &Site,
     q: &Tensor,
@@ -48,40 +52,50 @@ pub fn attend_rows(
 
     let mut rotated = vec![0f32; qs.len()];
     let mut key = vec![0f32; heads.keys * dim];
-    for (i, sequence) in stored.iter_mut().enumerate() {
-        let (cos, sin) = (&cos[i * dim..][..dim], &sin[i * dim..][..dim]);
-        let (from, len) = (i * heads.queries * dim, heads.queries * dim);
-        nics_kernels::each_kind!(&qs, Values, qs => rotate(&qs[from..from + len], cos, sin, at.scale as f32, &mut rotated[from..from + len]));
-        let (from, len) = (i * heads.keys * dim, heads.keys * dim);
-        nics_kernels::each_kind!(&ks, Values, ks => rotate(&ks[from..from + len], cos, sin, 1.0, &mut key));
-        let (row, capacity) = (sequence.positions.len(), sequence.keys.size()[1] as usize);
-        let (Some(keys), Some(own_values)) = (values_mut(sequence.keys), values_mut(sequence.values)) else {
+    for (sequence, (_, first, positions)) in stored.iter_mut().zip(at.rows.iter()) {
+        let (kept, capacity) = (sequence.positions.len(), sequence.keys.size()[1] as usize);
+        let (Some(mut keys), Some(mut own_values)) = (values_mut(sequence.keys), values_mut(sequence.values))
+        else {
             return Ok(None);
         };
-        match (keys, own_values, &vs) {
-            (ValuesMut::F32(k), ValuesMut::F32(v), Values::F32(new)) => {
-                put(k, v, &key, &new[from..from + len], row, capacity, dim);
+        for j in 0..positions.len() {
+            let (i, row) = (first + j, kept + j);
+            let (cos, sin) = (&cos[i * dim..][..dim], &sin[i * dim..][..dim]);
+            let (from, len) = (i * heads.queries * dim, heads.queries * dim);
+            nics_kernels::each_kind!(&qs, Values, qs => rotate(&qs[from..from + len], cos, sin, at.scale as f32, &mut rotated[from..from + len]));
+            let (from, len) = (i * heads.keys * dim, heads.keys * dim);
+            nics_kernels::each_kind!(&ks, Values, ks => rotate(&ks[from..from + len], cos, sin, 1.0, &mut key));
+            match (&mut keys, &mut own_values, &vs) {
+                (ValuesMut::F32(k), ValuesMut::F32(v), Values::F32(new)) => {
+                    put(k, v, &key, &new[from..from + len], row, capacity, dim);
+                }
+                (ValuesMut::Bf16(k), ValuesMut::Bf16(v), Values::Bf16(new)) => {
+                    put(k, v, &key, &new[from..from + len], row, capacity, dim);
+                }
+                (ValuesMut::F16(k), ValuesMut::F16(v), Values::F16(new)) => {
+                    put(k, v, &key, &new[from..from + len], row, capacity, dim);
+                }
+                _ => return Ok(None),
             }
-            (ValuesMut::Bf16(k), ValuesMut::Bf16(v), Values::Bf16(new)) => {
-                put(k, v, &key, &new[from..from + len], row, capacity, dim);
-            }
-            (ValuesMut::F16(k), ValuesMut::F16(v), Values::F16(new)) => {
-                put(k, v, &key, &new[from..from + len], row, capacity, dim);
-            }
-            _ => return Ok(None),
         }
     }
-    let mut kept = Vec::with_capacity(stored.len());
-    for (sequence, position) in stored.iter().zip(at.rows.positions()) {
-        let from = match at.mask {
-            Mask::Window(w) => first_inside(sequence.positions, *position, w),
-            _ => 0,
-        };
-        let capacity = sequence.keys.size()[1] as usize;
+    let mut kept = Vec::with_capacity(at.rows.len());
+    for (sequence, (_, _, positions)) in stored.iter().zip(at.rows.iter()) {
+        let (before, capacity) = (sequence.positions.len(), sequence.keys.size()[1] as usize);
         let (Some(keys), Some(values)) = (values(sequence.keys), values(sequence.values)) else {
             return Ok(None);
         };
-        kept.push(Kept { keys, values, capacity, from, to: sequence.positions.len() + 1 });
+        for (j, &position) in positions.iter().enumerate() {
+            let from = match at.mask {
+                // Positions ascend, so what is outside among the new rows adds to what is outside among the kept ones.
+                Mask::Window(w) => {
+                    first_inside(sequence.positions, position, w) + first_inside(positions, position, w)
+                }
+                _ => 0,
+            };
+            let to = before + if matches!(at.mask, Mask::Full) { positions.len() } else { j + 1 };
+            kept.push(Kept { keys, values, capacity, from, to });
+        }
     }
     let mut out = q.f_new_empty(q.size(), (q.kind(), q.device()))?;
     let Some(outs) = values_mut(&mut out) else { return Ok(None) };

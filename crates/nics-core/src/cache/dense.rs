@@ -71,22 +71,14 @@ impl Sequence {
 }
 
 impl DenseCache {
-    /// One new row of each sequence, by the kernels; `None`, with nothing counted, when it is not a case for them.
-    fn attend_one_row_each(
-        &mut self,
-        at: &Site,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Result<Option<Tensor>> {
-        for (s, from, _) in at.rows.iter() {
+    /// A few new rows of each sequence, by the kernels; `None`, with nothing counted, when it is not a case for them.
+    fn attend_few_rows(&mut self, at: &Site, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Option<Tensor>> {
+        for (s, _, positions) in at.rows.iter() {
             let sequence = self.sequences.get_mut(&s).ok_or_else(|| unknown(s))?;
             if sequence.layers.len() <= at.layer {
                 sequence.layers.resize_with(at.layer + 1, KeptRows::default);
             }
-            let from = from as i64;
-            let (k, v) = (k.f_narrow(0, from, 1)?, v.f_narrow(0, from, 1)?);
-            sequence.layers[at.layer].make_room(&k, &v, sequence.max_tokens)?;
+            sequence.layers[at.layer].make_room(positions.len(), k, v, sequence.max_tokens)?;
         }
         // Handles of the tensors, so that several sequences can be held at once; the storage stays theirs.
         let mut handles = Vec::with_capacity(at.rows.seqs().len());
@@ -99,9 +91,9 @@ impl DenseCache {
             handles.iter_mut().map(|(keys, values, positions)| Stored { keys, values, positions }).collect();
         let out = decode::attend_rows(at, q, k, v, &mut stored)?;
         if out.is_some() {
-            for (s, position) in at.rows.seqs().iter().zip(at.rows.positions()) {
-                if let Some(sequence) = self.sequences.get_mut(s) {
-                    sequence.layers[at.layer].count(&[*position]);
+            for (s, _, positions) in at.rows.iter() {
+                if let Some(sequence) = self.sequences.get_mut(&s) {
+                    sequence.layers[at.layer].count(positions);
                 }
             }
         }
@@ -127,7 +119,7 @@ impl KvCache for DenseCache {
             )));
         }
         if decode::fits(at, q, k, v)
-            && let Some(out) = self.attend_one_row_each(at, q, k, v)?
+            && let Some(out) = self.attend_few_rows(at, q, k, v)?
         {
             return Ok(Attended { out, scores: None, exhausted: Vec::new() });
         }

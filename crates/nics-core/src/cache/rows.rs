@@ -83,7 +83,7 @@ impl KeptRows {
     /// # Errors
     /// More than `max_tokens` rows, or rows of another shape or dtype than the kept ones.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
-        self.make_room(k, v, max_tokens)?;
+        self.make_room(k.size()[0] as usize, k, v, max_tokens)?;
         let (kept, more) = (self.positions.len() as i64, k.size()[0]);
         if let Some((keys, values)) = &self.storage {
             keys.f_narrow(1, kept, more)?.f_copy_(&k.f_transpose(0, 1)?)?;
@@ -129,9 +129,9 @@ impl KeptRows {
         Ok(Self { storage, positions: self.positions[..rows].to_vec() })
     }
 
-    /// Makes room for the rows of `k` and `v` (`[rows, kv_heads, head_dim]`) behind the kept ones.
-    pub(super) fn make_room(&mut self, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
-        let (more, heads, d) = k.size3()?;
+    /// Makes room for `more` rows like those of `k` and `v` (`[.., kv_heads, head_dim]`) behind the kept ones.
+    pub(super) fn make_room(&mut self, more: usize, k: &Tensor, v: &Tensor, max_tokens: usize) -> Result<()> {
+        let (_, heads, d) = k.size3()?;
         if let Some((keys, _)) = &self.storage {
             let (kept_heads, _, kept_d) = keys.size3()?;
             if (kept_heads, kept_d, keys.kind()) != (heads, d, k.kind()) {
@@ -142,7 +142,7 @@ impl KeptRows {
                 )));
             }
         }
-        let (kept, more) = (self.positions.len(), more as usize);
+        let kept = self.positions.len();
         let need = kept + more;
         if need > max_tokens {
             return Err(Error::ContextOverflow { need, max: max_tokens, what: "the sequence's cache" });
