@@ -321,7 +321,7 @@ impl Ledger {
             return;
         }
         match self.pages.last_mut() {
-            Some(page) if self.window % rules.page() != 0 => page.tokens += 1,
+            Some(page) if !self.window.is_multiple_of(rules.page()) => page.tokens += 1,
             _ => {
                 self.pages.push(PageState { tokens: 1, bits: Bits::B16 });
                 self.window_pages += 1;

@@ -6,6 +6,8 @@ mod kit;
 mod model;
 #[path = "cache/numbers.rs"]
 mod numbers;
+#[path = "cache/soak.rs"]
+mod soak;
 #[path = "cache/state.rs"]
 mod state;
 #[path = "cache/wrong.rs"]

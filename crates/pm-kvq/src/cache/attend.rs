@@ -229,12 +229,11 @@ fn rotated(at: &Site, x: &Tensor) -> Result<Vec<f32>> {
     let mut out = vec![0.0; rows as usize * heads * d];
     let (cos, sin) = (widened(&at.rope.cos)?, widened(&at.rope.sin)?);
     let copy;
-    let x = match values(x) {
-        Some(x) => x,
-        None => {
-            copy = widened(x)?;
-            Values::F32(&copy)
-        }
+    let x = if let Some(x) = values(x) {
+        x
+    } else {
+        copy = widened(x)?;
+        Values::F32(&copy)
     };
     each_kind!(x, Values, x => {
         let angles = cos.chunks_exact(d).zip(sin.chunks_exact(d));

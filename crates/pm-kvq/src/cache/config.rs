@@ -190,7 +190,9 @@ impl CacheConfig {
             }
         }
         if self.exhausted == Exhausted::Below {
-            rules.iter_mut().for_each(|rules| rules.floor = Bits::B2);
+            for rules in &mut rules {
+                rules.floor = Bits::B2;
+            }
         }
         rules.iter().try_for_each(Rules::check)?;
         let page = rules.first().map_or(1, Rules::page);
@@ -252,7 +254,7 @@ impl FromStr for CacheConfig {
                 "window-mode" => config.window_mode = word_of(name, value, "block or sliding")?,
                 "init" => config.init = bits(name, value)?,
                 "min-bits" => {
-                    config.min_bits = value.split('/').map(|v| bits(name, v)).collect::<Result<_>>()?
+                    config.min_bits = value.split('/').map(|v| bits(name, v)).collect::<Result<_>>()?;
                 }
                 "group" => config.group = Some(number(name, value)?),
                 "budgets" => {

@@ -1,8 +1,10 @@
 //! Memory that all sequences of a cache share.
 //!
 //! A buddy allocator: a [`Block`] is `2^order` units, and lies at a multiple of its size. Halving the width of a page's codes
-//! frees the second half of its block, which the next page of that width takes. Blocks come out of slabs, lowest first; a
-//! slab without a block goes back to the system, all but one.
+//! frees the second half of its block. Every page begins exact, in a block of the largest order, so narrow pages have to
+//! move together to leave such blocks free: a block that is halved goes where a half was left free before.
+//!
+//! Blocks come out of slabs, lowest first; a slab without a block goes back to the system, all but one.
 
 use std::collections::BTreeSet;
 
@@ -62,20 +64,27 @@ impl Pool {
 
     /// A block of `2^order` units; what it holds is arbitrary.
     pub fn take(&mut self, order: u8) -> Block {
-        let (mut found, (slab, at)) = self.smallest(order);
+        let (found, place) = self.smallest(order);
+        self.carve(found, place, order)
+    }
+
+    /// The beginning of a free block of order `found`.
+    fn carve(&mut self, mut found: u8, (slab, at): (u32, u32), order: u8) -> Block {
         self.free[usize::from(found)].remove(&(slab, at));
         while found > order {
             found -= 1;
             self.free[usize::from(found)].insert((slab, at + (1 << found)));
         }
-        self.count(slab, 1 << order, true);
-        Block { slab, at, order }
+        let block = Block { slab, at, order };
+        self.count(&block, true);
+        block
     }
 
     /// Takes a block back.
+    #[allow(clippy::needless_pass_by_value)] // Given back, it is gone.
     pub fn give(&mut self, block: Block) {
+        self.count(&block, false);
         let Block { slab, mut at, mut order } = block;
-        self.count(slab, 1 << order, false);
         while order < self.top && self.free[usize::from(order)].remove(&(slab, at ^ (1 << order))) {
             at &= !(1 << order);
             order += 1;
@@ -84,11 +93,35 @@ impl Pool {
         self.release(slab);
     }
 
-    /// Takes the second half of a block back.
+    /// Takes the second half of a block back. What the first half holds stays, but may move with the block.
     pub fn halve(&mut self, block: &mut Block) {
         block.order -= 1;
         let second = Block { slab: block.slab, at: block.at + (1 << block.order), order: block.order };
         self.give(second);
+        if let Some((order, place)) = self.better_place(block) {
+            let place = self.carve(order, place, block.order);
+            self.copy(block, &place);
+            self.give(std::mem::replace(block, place));
+        }
+    }
+
+    /// A free block, and its order, that a block just halved should move to: one of its size, which is some other block's
+    /// second half, or a part of a larger one that lies below it.
+    fn better_place(&self, block: &Block) -> Option<(u8, (u32, u32))> {
+        let own = (block.slab, block.at);
+        let own_second = (block.slab, block.at ^ (1 << block.order));
+        let fitting = self.free[usize::from(block.order)].iter().find(|place| **place != own_second);
+        if let Some(place) = fitting {
+            return Some((block.order, *place));
+        }
+        let below = |order: &u8| self.free[usize::from(*order)].first().is_some_and(|place| *place < own);
+        let order = (block.order + 1..self.top).find(below)?;
+        Some((order, *self.free[usize::from(order)].first()?))
+    }
+
+    fn copy(&mut self, from: &Block, to: &Block) {
+        let bytes = self.bytes(from).to_vec();
+        self.bytes_mut(to).copy_from_slice(&bytes);
     }
 
     /// What a block holds.
@@ -134,8 +167,9 @@ impl Pool {
         (block.at as usize * self.unit, self.unit << block.order)
     }
 
-    fn count(&mut self, slab: u32, units: u32, taken: bool) {
-        if let Some(Some(slab)) = self.slabs.get_mut(slab as usize) {
+    fn count(&mut self, block: &Block, taken: bool) {
+        let units = 1u32 << block.order;
+        if let Some(Some(slab)) = self.slabs.get_mut(block.slab as usize) {
             if taken {
                 slab.used += units;
                 self.used += units as usize;
@@ -212,6 +246,31 @@ impl std::fmt::Debug for Pool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn narrow_blocks_move_together() {
+        let mut pool = Pool::new(4096, 3);
+        let mut blocks: Vec<Block> = Vec::new();
+        // As pages do: each begins in a largest block and is halved down to the smallest.
+        for i in 0..800u32 {
+            let mut block = pool.take(3);
+            pool.bytes_mut(&block)[..4].copy_from_slice(&i.to_le_bytes());
+            for _ in 0..3 {
+                pool.halve(&mut block);
+            }
+            blocks.push(block);
+        }
+        assert!(pool.allocated() as f64 <= 1.3 * pool.used() as f64, "{pool:?}");
+        // And a layer whose pages are halved together.
+        let mut layer: Vec<Block> = (0..100).map(|_| pool.take(3)).collect();
+        for _ in 0..3 {
+            layer.iter_mut().for_each(|block| pool.halve(block));
+        }
+        let free: usize = pool.free[3].len();
+        assert!(free >= 85, "{free} of 100 largest blocks are free again");
+        let first = |block: &Block| u32::from_le_bytes(pool.bytes(block)[..4].try_into().unwrap());
+        assert!(blocks.iter().enumerate().all(|(i, block)| first(block) == i as u32));
+    }
 
     proptest! {
         #[test]

@@ -175,7 +175,9 @@ proptest! {
             prop_assert_eq!((cache.bytes().payload, cache.bytes().allocated), (payload, allocated));
             prop_assert!(payload <= used && used <= allocated);
         }
-        open.into_iter().for_each(|s| cache.close(s));
+        for s in open {
+            cache.close(s);
+        }
         prop_assert_eq!(cache.pool_bytes().1, 0);
     }
 

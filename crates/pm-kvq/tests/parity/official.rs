@@ -1,7 +1,6 @@
 //! The reference's caches: one layer alone, and behind the models.
 
 use nics_core::models::Model;
-use nics_core::seam::KvCache;
 use pm_kvq::cache::OfficialCache;
 use pm_kvq::cache::official::{Backend, LayerState, Settings};
 use pm_kvq::calibrate::{Scales, fold};
@@ -80,11 +79,7 @@ fn one_packed_layer() {
 }
 
 /// Decodes a case; gives the logits of the calls that succeeded and the cache.
-fn run(
-    case: &Case,
-    backend: Backend,
-    model: &dyn Model,
-) -> (Vec<Vec<usize>>, Option<Tensor>, Option<Case07>) {
+fn run(case: &Case, backend: Backend, model: &dyn Model) -> (Vec<Vec<usize>>, Option<Tensor>, Option<Last>) {
     let settings = settings(case, backend, &case.field::<Vec<f64>>("kv_budgets_mib"));
     let layers = model.dims().layers;
     let mut cache = OfficialCache::new(model.dims(), settings).unwrap();
@@ -94,7 +89,7 @@ fn run(
     let logits = decode(model, &mut cache, &ids, case.field("prefill"), |cache, seq, tokens| {
         let widths = (0..layers).map(|l| cache.layer(seq, l).unwrap().bits().get() as usize);
         trace.push([vec![tokens], widths.collect()].concat());
-        last = Some(Case07::of(cache, seq, layers));
+        last = Some(Last::of(cache, seq, layers));
     });
     match logits {
         Ok(logits) => (trace, Some(logits), last),
@@ -106,12 +101,12 @@ fn run(
 }
 
 /// What is looked at after the last call.
-struct Case07 {
+struct Last {
     bits: Vec<Vec<i64>>,
     rows: [Tensor; 2],
 }
 
-impl Case07 {
+impl Last {
     fn of(cache: &OfficialCache, seq: nics_core::seam::SeqId, layers: usize) -> Self {
         let bits = (0..layers).map(|l| {
             let layer = cache.layer(seq, l).unwrap();
@@ -125,7 +120,7 @@ impl Case07 {
 }
 
 /// The numbers of layer 0, which do not depend on quantization elsewhere.
-fn layer_0(case: &Case, found: &Case07) {
+fn layer_0(case: &Case, found: &Last) {
     for (found, name) in found.rows.iter().zip(["final_k.layer0", "final_v.layer0"]) {
         let off = (found.unsqueeze(0) - case.tensor(name)).abs().max().double_value(&[]);
         // The fixtures' README: 1e-6.
@@ -206,6 +201,6 @@ fn a_layer_of_recorded_rows() {
         }
         let rows = layer.rows().unwrap().unwrap();
         assert_eq!(rows[0].kind(), Kind::Float);
-        layer_0(&case, &Case07 { bits: vec![], rows });
+        layer_0(&case, &Last { bits: vec![], rows });
     }
 }
