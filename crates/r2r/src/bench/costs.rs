@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use nics_core::cache::DenseCache;
+use nics_core::device::OneThread;
 use nics_core::models::{Model, read_last};
 use nics_core::sampling::argmax;
 use nics_core::seam::{KvCache, SeqId};
@@ -58,20 +59,21 @@ impl<'m> Behind<'m> {
         Ok(behind)
     }
 
-    /// Hidden state and logits of the last of `rows` rows from position `at` on.
-    fn rows(&mut self, at: usize, rows: usize) -> Result<(Tensor, Tensor)> {
+    /// Hidden state of the last of `rows` rows from position `at` on.
+    fn rows(&mut self, at: usize, rows: usize) -> Result<Tensor> {
         let dims = self.model.dims();
         // Any ids do: each row of the table costs the same.
         let ids: Vec<u32> = (at..at + rows).map(|i| ((i as i64 * 7919) % dims.vocab) as u32).collect();
-        let last = read_last(self.model, &mut self.cache, &[(self.seq, at, &ids)])?;
-        let logits = self.model.logits(&last)?;
-        Ok((last, logits))
+        Ok(read_last(self.model, &mut self.cache, &[(self.seq, at, &ids)])?)
     }
 
     /// A call of `rows` tokens behind the context, to the choice; what it left is cut off again.
     fn call(&mut self, rows: usize) -> Result<(f64, Tensor, Tensor, i64)> {
         let start = Instant::now();
-        let (hidden, logits) = self.rows(self.context, rows)?;
+        let hidden = self.rows(self.context, rows)?;
+        // As in the loop.
+        let _between_kernels = OneThread::when(hidden.device() == Device::Cpu);
+        let logits = self.model.logits(&hidden)?;
         let values: Vec<f32> =
             Vec::try_from(logits.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?.f_view([-1])?)?;
         let token = i64::from(argmax(&values));
