@@ -222,6 +222,11 @@ fn bytes_are_those_of_the_formats() {
         assert_eq!(held(&mut cache, 10, 5), rows * 10 * d / 32 * block.bytes());
         assert_eq!(cache.forecast(&dims, 10), rows * 10 * d / 32 * block.bytes());
     }
+    for mut cache in all(&dims) {
+        for (tokens, prompt) in [(1, 1), (9, 4), (11, 11)] {
+            assert!(held(&mut cache, tokens, prompt) <= cache.forecast(&dims, tokens));
+        }
+    }
     let codes = Format::Groups { bits: 2, group: 128 };
     let mut cache = Simulated::new(&dims, Rtn::new(codes, When::After)).unwrap();
     assert_eq!(held(&mut cache, 10, 5), rows * 10 * (d / 4 + 4));

@@ -55,6 +55,12 @@ pub trait Method: Send {
     /// Bytes that the format takes in one layer for so many stored and exact rows.
     fn bytes(&self, dims: &ModelDims, stored: usize, exact: usize) -> usize;
 
+    /// Bytes of what it keeps for a sequence in one layer beside the rows.
+    fn state_bytes(&self, dims: &ModelDims) -> usize {
+        let _ = dims;
+        0
+    }
+
     /// Which keys new rows see.
     fn mask<'a>(&self, given: Mask<'a>, new: &Arrived) -> Mask<'a> {
         let _ = new;
@@ -300,7 +306,10 @@ impl KvCache for Simulated {
 
     fn forecast(&self, dims: &ModelDims, tokens: usize) -> usize {
         let exact = self.method.exact(tokens).min(tokens);
-        dims.layers * self.method.bytes(dims, tokens - exact, exact)
+        // Blocks of very few tokens take more for their scales than exact rows would.
+        let mixed = self.method.bytes(dims, tokens - exact, exact);
+        let rows = mixed.max(self.method.bytes(dims, tokens, 0));
+        dims.layers * (rows + self.method.state_bytes(dims))
     }
 
     fn branch(&mut self, s: SeqId, position: usize, max_tokens: usize) -> nics_core::Result<Option<SeqId>> {

@@ -73,7 +73,13 @@ impl Method for Mikv {
     }
 
     fn bytes(&self, dims: &ModelDims, stored: usize, exact: usize) -> usize {
-        self.coders.bytes(dims, stored, exact)
+        // With hitters, each row carries the attention that it has received.
+        let received = if self.hitters > 0 { size_of::<f32>() } else { 0 };
+        self.coders.bytes(dims, stored, exact) + (stored + exact) * received
+    }
+
+    fn state_bytes(&self, dims: &ModelDims) -> usize {
+        (dims.kv_heads * dims.head_dim) as usize * dims.kind.elt_size_in_bytes()
     }
 
     fn mask<'a>(&self, given: Mask<'a>, new: &Arrived) -> Mask<'a> {

@@ -102,4 +102,8 @@ impl Method for FrozenFp8 {
     fn bytes(&self, dims: &ModelDims, stored: usize, exact: usize) -> usize {
         (dims.kv_heads * dims.head_dim) as usize * 2 * (stored + exact * HALF)
     }
+
+    fn state_bytes(&self, dims: &ModelDims) -> usize {
+        SCALES.len() * dims.kind.elt_size_in_bytes()
+    }
 }
