@@ -16,6 +16,7 @@ pub mod cache;
 pub mod calibrate;
 pub mod compare;
 mod error;
+pub mod evaluation;
 pub mod kernel;
 pub mod ledger;
 pub mod pack;

@@ -29,6 +29,12 @@ enum Command {
     Allocate(commands::allocate::Allocate),
     /// Compare caches on the same model, prompts and seeds; resumable
     Compare(commands::compare::Compare),
+    /// Measure a model with a cache on a public benchmark; resumable
+    Eval(commands::eval::Eval),
+    /// Score the responses of `eval` again
+    Judge(commands::eval::JudgeResponses),
+    /// Measure decoding with caches at a model's shape
+    Bench(commands::bench::Measure),
 }
 
 fn main() -> ExitCode {
@@ -40,5 +46,8 @@ fn main() -> ExitCode {
         Command::Calibrate(command) => command.run(cli.log.quiet),
         Command::Allocate(command) => command.run(),
         Command::Compare(command) => command.run(cli.log.quiet),
+        Command::Eval(command) => command.run(cli.log.quiet),
+        Command::Judge(command) => command.run(cli.log.quiet),
+        Command::Bench(command) => command.run(cli.log.quiet),
     })
 }

@@ -85,9 +85,9 @@ pub struct Compare {
     /// Leave out the second table, which takes as long again
     #[arg(long)]
     no_equal_average: bool,
-    /// Preset in result rows
+    /// Name of the experiment's preset in result rows
     #[arg(long, value_name = "TEXT", default_value = "")]
-    preset: String,
+    label_preset: String,
     /// Folder of the results
     #[arg(long, short, value_name = "FOLDER")]
     out: PathBuf,
@@ -294,7 +294,7 @@ impl Compare {
         let (device, dtype) = opened.place();
         row::Row {
             method: "pm-kvq".into(),
-            preset: self.preset.clone(),
+            preset: self.label_preset.clone(),
             model: opened.checkpoint.name().to_owned(),
             seed: Some(self.seed.seed),
             device,

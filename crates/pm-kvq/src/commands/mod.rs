@@ -1,9 +1,12 @@
 //! The subcommands: parse, call the library, print.
 
 pub mod allocate;
+pub mod bench;
+mod bench_set;
 mod cache;
 pub mod calibrate;
 pub mod compare;
+pub mod eval;
 pub mod generate;
 mod opened;
 pub mod plan;
