@@ -1,5 +1,6 @@
 //! Loaders of public benchmarks and generators of the synthetic tasks behind the nano checkpoints.
 //!
+//! - [`adding_ring`]: lines of digits, each made from the one before it, and the first to be recalled at the end.
 //! - [`ring`]: arithmetic modulo a number, worked in words that have synonyms, generated without end from a seed.
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
@@ -20,6 +21,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod adding_ring;
 mod arithmetic;
 mod choice;
 mod error;

@@ -19,10 +19,12 @@ mod error;
 pub mod evaluation;
 pub mod kernel;
 pub mod ledger;
+pub mod nano;
 pub mod pack;
 pub mod plugin;
 pub mod quantize;
 pub mod shrink;
+pub mod study;
 pub mod watch;
 
 pub use bits::Bits;

@@ -1,0 +1,106 @@
+//! What models are trained: a recipe in TOML.
+
+use std::path::Path;
+
+use nics_core::train::TrainConfig;
+use nics_datasets::adding_ring::LINES;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// The models of a recipe: one a seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// A model for each.
+    pub seeds: Vec<u64>,
+    /// Texts of a batch.
+    pub batch: usize,
+    /// Every so many-th text of a batch ends with its first line.
+    pub recall_every: usize,
+    /// Lines of the texts that training begins with.
+    pub short_lines: usize,
+    /// The share of the steps that has short texts.
+    pub short_share: f64,
+    /// Deviation of the embedding's initial weights; other matrices begin at `1 / sqrt(in)`.
+    pub embedding_std: f64,
+    /// Validation texts that are written while training.
+    pub validation: usize,
+    /// Fields of a Llama config.json; vocabulary and token ids are filled in.
+    pub config: Map<String, Value>,
+    /// The optimiser and its schedule; the seed is that of the model.
+    pub train: TrainConfig,
+}
+
+impl Recipe {
+    /// Reads a recipe.
+    ///
+    /// # Errors
+    /// A file that cannot be read, and [`Error::Artefact`] naming what is wrong in it.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| nics_core::Error::Io { path: path.to_owned(), source })?;
+        Self::parse(&text).map_err(|reason| Error::Artefact { path: path.to_owned(), reason })
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let recipe: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let mut seeds = recipe.seeds.clone();
+        seeds.sort_unstable();
+        seeds.dedup();
+        if seeds.is_empty() || seeds.len() != recipe.seeds.len() {
+            return Err(format!("seeds is {:?}, expected different numbers", recipe.seeds));
+        }
+        for (name, found) in [("batch", recipe.batch), ("recall_every", recipe.recall_every)] {
+            if found == 0 {
+                return Err(format!("{name} is 0, expected at least 1"));
+            }
+        }
+        if !(2..=LINES).contains(&recipe.short_lines) {
+            return Err(format!("short_lines is {}, expected 2 to {LINES}", recipe.short_lines));
+        }
+        if !(0.0..=1.0).contains(&recipe.short_share) {
+            return Err(format!("short_share is {}, expected 0 to 1", recipe.short_share));
+        }
+        if !(recipe.embedding_std.is_finite() && recipe.embedding_std > 0.0) {
+            return Err(format!("embedding_std is {}, expected a number above 0", recipe.embedding_std));
+        }
+        recipe.train.validate().map_err(|e| format!("train: {e}"))?;
+        Ok(recipe)
+    }
+
+    /// Lines of the texts of a step, counted from 0.
+    pub(super) fn lines_at(&self, step: u64) -> usize {
+        if (step as f64) < self.short_share * self.train.steps as f64 { self.short_lines } else { LINES }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipe_of_this_crate_is_sound_and_mistakes_are_named() {
+        let text = include_str!("../../recipes/nano.toml");
+        let recipe = Recipe::parse(text).unwrap();
+        assert_eq!(
+            (recipe.lines_at(0), recipe.lines_at(recipe.train.steps - 1)),
+            (recipe.short_lines, LINES)
+        );
+        for (from, to, why) in [
+            ("seeds = [0, 1, 2]", "seeds = [1, 1]", "different numbers"),
+            ("batch = ", "batch = 0 # ", "batch is 0"),
+            ("recall_every = ", "recall_every = 0 # ", "recall_every is 0"),
+            ("short_lines = ", "short_lines = 1 # ", "short_lines is 1"),
+            ("short_share = ", "short_share = 2.0 # ", "short_share is 2"),
+            ("embedding_std = ", "embedding_std = 0.0 # ", "embedding_std is 0"),
+            ("steps = ", "steps = 0 # ", "steps"),
+            ("batch = ", "batches = ", "batches"),
+        ] {
+            assert!(text.contains(from), "{from}");
+            let error = Recipe::parse(&text.replacen(from, to, 1)).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}
