@@ -35,6 +35,10 @@ enum Command {
     Judge(commands::eval::JudgeResponses),
     /// Measure decoding with caches at a model's shape
     Bench(commands::bench::Measure),
+    /// Train the tiny models of the nano study; resumable
+    Train(commands::train::Train),
+    /// What caches do to texts of the nano task, the method's beside all rivals
+    Study(commands::study::Study),
 }
 
 fn main() -> ExitCode {
@@ -49,5 +53,7 @@ fn main() -> ExitCode {
         Command::Eval(command) => command.run(cli.log.quiet),
         Command::Judge(command) => command.run(cli.log.quiet),
         Command::Bench(command) => command.run(cli.log.quiet),
+        Command::Train(command) => command.run(cli.log.quiet),
+        Command::Study(command) => command.run(cli.log.quiet),
     })
 }

@@ -11,6 +11,8 @@ pub mod generate;
 mod opened;
 pub mod plan;
 mod shape;
+pub mod study;
+pub mod train;
 
 use std::path::Path;
 
