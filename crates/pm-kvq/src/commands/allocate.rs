@@ -124,7 +124,8 @@ impl Allocate {
         let slope =
             |pair: &[(Bits, f64)]| (pair[1].1 - pair[0].1) / f64::from(pair[1].0.get() - pair[0].0.get());
         let plain = unit(dims.kv_heads as usize, dims.head_dim as usize, self.max_len);
-        let unit = costs.windows(2).map(slope).reduce(f64::max).unwrap_or(plain);
+        // Few tokens are all exact at their fullest: every width then takes the same.
+        let unit = costs.windows(2).map(slope).reduce(f64::max).unwrap_or(plain).max(1e-6);
         let fixed =
             costs.iter().map(|(bits, cost)| cost - f64::from(bits.get()) * unit).fold(f64::MIN, f64::max);
         Ok((unit, fixed, costs))

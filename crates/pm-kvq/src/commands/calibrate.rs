@@ -10,6 +10,7 @@ use nics_base::progress::Progress;
 use nics_core::cli::{ModelArgs, Size, at_least_one};
 use nics_core::models::Model;
 use pm_kvq::Bits;
+use pm_kvq::allocate::unit;
 use pm_kvq::calibrate::artefact::{
     ALLOCATION, Files, MAX_KEYS, REP_SCALES, SENSITIVITY, ScalesNote, read_allocation, read_max_keys,
     write_max_keys, write_scales, write_sensitivity,
@@ -213,6 +214,14 @@ impl Calibrate {
 impl All {
     fn run(self, quiet: bool) -> Result<()> {
         let Begun { mut opened, origin, samples, effective_len, group, files } = self.common.begin()?;
+        // Known before hours of measuring.
+        let dims = opened.model.dims();
+        let bit = unit(dims.kv_heads as usize, dims.head_dim as usize, self.max_len) * dims.layers as f64;
+        let needed = self.choices.iter().min().map_or(0.0, |least| f64::from(least.get()) * bit);
+        let given = self.budget.0 as f64;
+        if needed > given {
+            return Err(pm_kvq::Error::InfeasibleBudget { needed, given }.into());
+        }
         let settings = Settings {
             effective_len: Some(effective_len),
             group,

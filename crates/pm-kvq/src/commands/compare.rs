@@ -17,6 +17,7 @@ use nics_core::cli::{JsonArg, ModelArgs, PromptArgs, SamplingArgs, SeedArg, at_l
 use nics_core::generate::{Generator, collect};
 use nics_core::models::{Model, ModelDims};
 use nics_core::tch::Tensor;
+use pm_kvq::Bits;
 use pm_kvq::baselines::channel_orders;
 use pm_kvq::cache::{CacheConfig, PagedCache};
 use pm_kvq::calibrate::artefact::read_scales;
@@ -52,7 +53,8 @@ const METHODS: [&str; 15] = [
 ///
 /// The dense cache writes a reply to each prompt; then every cache reads it, and its probabilities are held against the dense
 /// ones token by token. A setting of pm-kvq without a budget gets that for the tokens of prompt and reply at its lowest width. A
-/// second table gives pm-kvq as much memory, averaged over the tokens, as each other cache took.
+/// second table gives pm-kvq, by the rules of the last of its settings, as much memory, averaged over the tokens, as each other
+/// cache took; one that took less than those rules can is left out of it.
 ///
 /// Prompts attend exactly in all methods but rtn-pre, everyday formats and rotatekv. Baselines are simulated: their bytes are
 /// those of their format, their speed is not. Each prompt is a line of OUT/items.jsonl, and a second run goes on with what is
@@ -252,12 +254,17 @@ impl Compare {
         let rivals = methods.iter().map(|method| kit.rival(method, tokens)).collect::<Result<_>>()?;
         let measured = read(rivals, "caches")?;
         let mut equal = Vec::new();
+        // Sink, window and rules of the last setting of pm-kvq, down to 2 bits.
+        let base = methods.iter().rev().find_map(|method| match &method.kv {
+            Kv::Paged(config) => Some((**config).clone()),
+            _ => None,
+        });
+        let base = CacheConfig { min_bits: vec![Bits::B2], ..base.unwrap_or_default() };
         if !self.no_equal_average {
             for (method, own) in methods.iter().zip(&measured[1..]) {
                 if matches!(method.kv, Kv::Paged(_)) {
                     continue;
                 }
-                let base = CacheConfig::default();
                 let found = matched(&base, &kit.dims, prompt.len(), reply.len(), own.mean_bytes)?;
                 if let Some(config) = found {
                     equal.push(kit.paged(&method.name, &config)?);

@@ -201,15 +201,19 @@ impl Forecast<'_> {
             let Schedule { stages, exhausted_at, reached, .. } = &group.schedule;
             let budget = group.budget.map_or("no budget".into(), |b| format!("{} each", mib(b as f64)));
             println!("\nlayers {}: {budget}, down to {} bits", runs(&group.layers), group.min_bits.get());
-            println!("{:>10}  {:>10}  {:>14}", "from token", "width", "bits a value");
+            println!("{:>10}  {:>8}  {:>12}", "from token", "lowest", "bits a value");
+            // Page by page, widths go up and down with every block: what counts is when one is reached first.
+            let mut lowest = None;
             for stage in stages {
-                let (low, high) = (stage.narrowest.get(), stage.widest.get());
-                let width = if low == high { low.to_string() } else { format!("{low} to {high}") };
-                println!("{:>10}  {width:>10}  {:>14.2}", stage.tokens, stage.mean_bits);
+                if lowest.is_none_or(|lowest| stage.narrowest < lowest) {
+                    lowest = Some(stage.narrowest);
+                    println!("{:>10}  {:>8}  {:>12.2}", stage.tokens, stage.narrowest.get(), stage.mean_bits);
+                }
             }
+            let bits = stages.last().map_or(0.0, |stage| stage.mean_bits);
             match exhausted_at {
                 Some(at) => println!("{at:>10}  the budget is full"),
-                None => println!("{reached:>10}  the end; the budget is not full"),
+                None => println!("{reached:>10}  {:>8}  {bits:>12.2}", "end"),
             }
         }
         println!("\n{:<34} {:>12} {:>12} {:>12}", "", "pm-kvq", "as they are", "share");
