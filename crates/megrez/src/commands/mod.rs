@@ -22,6 +22,14 @@ use nics_core::models::{self, Decoder, Model};
 use nics_core::plugin::Plugins;
 use nics_core::seam::{KvCache, LayerHook};
 
+/// The plug-ins that this binary was built with.
+fn plugins_of_binary() -> Plugins {
+    let plugins = Plugins::default();
+    #[cfg(feature = "with-pm-kvq")]
+    let plugins = plugins.with(pm_kvq::plugin::PmKvq);
+    plugins
+}
+
 /// What the plug-in flags ask for beside the weights.
 pub struct Plugged {
     pub cache: Box<dyn KvCache>,
@@ -33,7 +41,7 @@ pub struct Plugged {
 impl Plugged {
     /// Plugs what the flags ask for into a model.
     pub fn into(decoder: &mut Decoder, plugins: &PluginArgs) -> Result<Self> {
-        let known = Plugins::default();
+        let known = plugins_of_binary();
         if let Some(PluginSpec { name, spec }) = &plugins.weights {
             known.weights(name, spec, decoder)?;
         }

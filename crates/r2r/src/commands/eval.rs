@@ -192,12 +192,15 @@ impl Eval {
 
     /// A hash of what decides a sample beside its question and its number.
     fn settings(&self, opened: &Opened) -> Result<String> {
-        let said = json!({
+        let mut said = json!({
             "dataset": self.dataset.name(), "small": self.pair.small, "large": self.pair.large.large.to_string(),
             "router": self.pair.router, "policy": opened.policy, "seed": self.seed.seed,
             "sampling": format!("{:?}", self.sampling), "dtype": self.pair.run_on.dtype.to_string(),
             "device": self.pair.run_on.device.to_string(),
         });
+        if let Some(kv) = &self.pair.kv {
+            said["kv"] = kv.to_string().into();
+        }
         Ok(nics_base::hash::bytes(serde_json::to_vec(&said)?)[..16].to_owned())
     }
 

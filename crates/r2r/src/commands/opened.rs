@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::{DeviceArgs, SamplingArgs};
+use nics_core::cli::{DeviceArgs, PluginSpec, SamplingArgs};
 use nics_core::models::{self, Decoder as Model, Model as _, ModelDims};
+use nics_core::plugin::Plugins;
 use nics_core::sampling::Sampling;
+use nics_core::seam::KvCache;
 use nics_core::tch::Device;
 use nics_core::template::{ChatTemplate, Message, RenderOptions};
 use nics_core::tokenizer::Tokenizer;
@@ -42,6 +44,9 @@ pub struct PairArgs {
     /// Share of tokens that the large model is to choose, held by moving the threshold [0 to 1]
     #[arg(long, value_name = "SHARE")]
     pub target_rate: Option<f64>,
+    /// Method that keeps keys and values, of every model that is here: NAME or NAME:SPEC
+    #[arg(long, value_name = "NAME[:SPEC]")]
+    pub kv: Option<PluginSpec>,
     #[command(flatten)]
     pub run_on: DeviceArgs,
 }
@@ -183,7 +188,8 @@ impl Opened {
     pub fn decoder(&self) -> Result<Decoder<'_>> {
         let large: Box<dyn LargeModel + '_> = match &self.large {
             Large::Here(model) => {
-                Box::new(LocalLarge::new(&**model).with_read_ahead(self.args.large.read_ahead_here()))
+                let large = LocalLarge::new(&**model).with_cache(self.cache(model.dims())?);
+                Box::new(large.with_read_ahead(self.args.large.read_ahead_here()))
             }
             Large::There(large) => {
                 let large = large.lock().ok().and_then(|mut large| large.take());
@@ -192,7 +198,17 @@ impl Opened {
         };
         let router = self.router.as_ref().map(|(router, threshold)| (Arc::clone(router), *threshold));
         let policy = self.policy.build(router)?;
-        Ok(Decoder::new(&self.small, large, policy).on_failure(self.args.large.on_failure.into()))
+        let decoder = Decoder::new(&self.small, large, policy).with_cache(self.cache(self.small.dims())?);
+        Ok(decoder.on_failure(self.args.large.on_failure.into()))
+    }
+
+    /// A cache as the flags have it.
+    fn cache(&self, dims: &ModelDims) -> Result<Box<dyn KvCache>> {
+        let plugins = Plugins::default();
+        #[cfg(feature = "with-pm-kvq")]
+        let plugins = plugins.with(pm_kvq::plugin::PmKvq);
+        let asked = self.args.kv.as_ref().map(|kv| (kv.name.as_str(), kv.spec.as_str()));
+        Ok(plugins.cache(asked, dims)?)
     }
 
     /// A conversation as token ids, up to where the reply begins.

@@ -35,7 +35,7 @@ struct Open {
 /// [`answers`](LargeModel::answers), a chunk each, so that nobody waits for another's.
 pub struct LocalLarge<'m> {
     model: &'m dyn Model,
-    cache: DenseCache,
+    cache: Box<dyn KvCache>,
     open: HashMap<Sequence, Open>,
     /// Those that wait, oldest first.
     asked: Vec<Sequence>,
@@ -47,11 +47,17 @@ impl<'m> LocalLarge<'m> {
     pub fn new(model: &'m dyn Model) -> Self {
         Self {
             model,
-            cache: DenseCache::new(),
+            cache: Box::new(DenseCache::new()),
             open: HashMap::new(),
             asked: Vec::new(),
             read_ahead: ReadAhead::default(),
         }
+    }
+
+    /// Keeps keys and values in `cache`, which has no sequence yet, in place of a dense one.
+    pub fn with_cache(mut self, cache: Box<dyn KvCache>) -> Self {
+        self.cache = cache;
+        self
     }
 
     /// Reads ahead, a chunk a step at most: the same work, spread more evenly.
@@ -104,7 +110,7 @@ impl<'m> LocalLarge<'m> {
                 Some((open.seq, kept, &open.ids[kept..kept + len]))
             })
             .collect();
-        Ok(models::read_last(self.model, &mut self.cache, &new)?)
+        Ok(models::read_last(self.model, &mut *self.cache, &new)?)
     }
 
     /// One round: everybody who lags behind by a few rows and, oldest first, at most a chunk of others' rows. Those who come

@@ -166,7 +166,7 @@ struct Running {
 /// Sequences being written by two models.
 pub struct Decoder<'m> {
     small: &'m dyn Model,
-    cache: DenseCache,
+    cache: Box<dyn KvCache>,
     large: Box<dyn LargeModel + 'm>,
     policy: Box<dyn Policy + 'm>,
     /// Ids that both models know.
@@ -185,7 +185,7 @@ impl<'m> Decoder<'m> {
         let context = large.context().min(small.dims().context);
         Self {
             small,
-            cache: DenseCache::new(),
+            cache: Box::new(DenseCache::new()),
             large,
             policy,
             vocab,
@@ -194,6 +194,13 @@ impl<'m> Decoder<'m> {
             next: 0,
             running: Vec::new(),
         }
+    }
+
+    /// Keeps the small model's keys and values in `cache`, which has no sequence yet, in place of a dense one. A sequence whose
+    /// budget there is full ends its call with an error: the budget has to hold the longest text.
+    pub fn with_cache(mut self, cache: Box<dyn KvCache>) -> Self {
+        self.cache = cache;
+        self
     }
 
     /// What becomes of sequences that the large model fails.

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use nics_core::device::OneThread;
 use nics_core::models::{self, NewTokens};
-use nics_core::seam::KvCache;
 use nics_kernels::gemv::MAX_ROWS;
 use tch::{Device, Kind, Tensor};
 
@@ -198,7 +197,7 @@ impl Decoder<'_> {
                 (r.seq, r.read, &r.ids[r.read..r.ids.len().min(r.read + most)])
             })
             .collect();
-        let hidden = models::read_last(self.small, &mut self.cache, &new)?;
+        let hidden = models::read_last(self.small, &mut *self.cache, &new)?;
         let lens: Vec<usize> = new.iter().map(|(_, _, ids)| ids.len()).collect();
         for (&i, len) in which.iter().zip(lens) {
             self.running[i].read += len;
