@@ -145,7 +145,7 @@ fn router(settings: &Settings, storage: Storage, dtype: &str) -> Result<Case> {
     let (float, half) = (more(float)?, more(half)?);
     let plain = |all: &[Plain]| {
         timed(all.len() as f64, || {
-            all.iter().try_for_each(|r| r.probability(&logits, &state, &token).map(|p| drop(black_box(p))))
+            all.iter().try_for_each(|r| r.probability(&logits, &state, &token).map(|p| _ = black_box(p)))
         })
     };
     let mut contenders = vec![
