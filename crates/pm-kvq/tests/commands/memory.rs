@@ -149,7 +149,7 @@ fn caches_are_compared_and_a_second_run_writes_nothing() {
             "--method",
             "window=8,min-bits=16",
             "--method",
-            "pm-kvq:preset=tuned,window=8,min-bits=4",
+            "pm-kvq:preset=tuned,window=4,min-bits=4",
         ])
     };
     let table = compare().ok();
@@ -164,7 +164,7 @@ fn caches_are_compared_and_a_second_run_writes_nothing() {
     assert!(value("window=8,min-bits=16", "divergence") < 0.01);
     assert!(value("kivi-2:tokens=8", "divergence") > value("rtn-4", "divergence") / 10.0);
     let wide = "rtn-8";
-    let tuned = "pm-kvq:preset=tuned,window=8,min-bits=4";
+    let tuned = "pm-kvq:preset=tuned,window=4,min-bits=4";
     assert!(value(tuned, "mean bytes") <= value(tuned, "peak bytes"));
     assert!(value(tuned, "peak bytes of codes") <= value(tuned, "peak bytes"));
     // With as much memory on average, never more.

@@ -48,6 +48,7 @@ impl Line {
     }
 }
 
+/// Caches that were there for every prompt, so that means are over the same ones.
 fn lines(items: &[Item], of: fn(&Item) -> &[Measured]) -> Vec<Line> {
     let mut names: Vec<&str> = Vec::new();
     for one in items.iter().flat_map(of) {
@@ -57,9 +58,9 @@ fn lines(items: &[Item], of: fn(&Item) -> &[Measured]) -> Vec<Line> {
     }
     names
         .into_iter()
-        .map(|name| {
+        .filter_map(|name| {
             let all: Vec<&Measured> = items.iter().flat_map(of).filter(|m| m.name == name).collect();
-            Line::of(name, &all)
+            (all.len() == items.len()).then(|| Line::of(name, &all))
         })
         .collect()
 }
