@@ -52,6 +52,17 @@ pub(super) struct Layer {
     pub(super) positions: Positions,
 }
 
+/// New rows of one sequence.
+struct Arrival<'a> {
+    s: SeqId,
+    /// The first in the call.
+    from: usize,
+    /// Their positions.
+    new: &'a [i64],
+    /// The layer's books with them.
+    after: Ledger,
+}
+
 /// One layer of one sequence in figures.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct LayerStats {
@@ -155,50 +166,77 @@ impl PagedCache {
         id
     }
 
+    /// Takes in keys and values as [`KvCache::attend`] does, without attending: for a cache that is filled from elsewhere.
+    /// Gives the sequences whose budget is now full.
+    ///
+    /// # Errors
+    /// As [`KvCache::attend`]; nothing of the call is then kept in that layer.
+    pub fn append(&mut self, at: &Site, k: &Tensor, v: &Tensor) -> Result<Vec<SeqId>> {
+        call::check(at, k, k, v, self.kept)?;
+        let arrivals = self.arrivals(at)?;
+        let incoming = Incoming::of(at, k, v, self.layout.exact)?;
+        Ok(self.commit(at, arrivals, &incoming))
+    }
+
     fn attend_all(&mut self, at: &Site, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         call::check(at, q, k, v, self.kept)?;
+        let arrivals = self.arrivals(at)?;
+        let incoming = Incoming::of(at, k, v, self.layout.exact)?;
+        let mut parts = Vec::with_capacity(arrivals.len());
+        for Arrival { s, from, new, .. } in &arrivals {
+            let Layer { ledger, store, positions } = self.layer(*s, at.layer).ok_or_else(|| unknown(*s))?;
+            parts.push(Part { store, ledger, positions, from: *from, new });
+        }
+        let call = Call { at, q, k, v, incoming: &incoming, pools: &self.pools, layout: &self.layout };
+        let (out, scores) = call.attend(&parts)?;
+        Ok(Attended { out, scores, exhausted: self.commit(at, arrivals, &incoming) })
+    }
+
+    /// The sequences of a call that have rows in it, with their books after it.
+    fn arrivals<'a>(&self, at: &'a Site) -> Result<Vec<Arrival<'a>>> {
         let rules = &self.rules[at.layer];
-        let (mut parts, mut next) = (Vec::new(), Vec::new());
+        let mut arrivals = Vec::with_capacity(at.rows.seqs().len());
         for (s, from, new) in at.rows.iter().filter(|(.., p)| !p.is_empty()) {
             let sequence = self.sequences.get(&s).ok_or_else(|| unknown(s))?;
-            let Layer { ledger, store, positions } = &sequence.layers[at.layer];
+            let Layer { ledger, positions, .. } = &sequence.layers[at.layer];
             let need = positions.len() + new.len();
             if need > sequence.max_tokens {
                 return Err(call::overflow(need, sequence.max_tokens));
             }
-            if !positions.last().is_none_or(|last| last < new[0]) || new.windows(2).any(|p| p[0] >= p[1]) {
+            if positions.last().is_some_and(|last| last >= new[0]) || new.windows(2).any(|p| p[0] >= p[1]) {
                 return Err(Error::Input(format!(
                     "layer {}: the positions {new:?} of sequence {} do not ascend from those that are kept",
                     at.layer, s.0
                 )));
             }
             let mut after = ledger.clone();
-            let full = !ledger.has_room(rules)
-                || !after.append(rules, new.len()) && self.exhausted == Exhausted::Error;
-            if full {
+            let fits = ledger.has_room(rules)
+                && (after.append(rules, new.len()) || self.exhausted != Exhausted::Error);
+            if !fits {
                 let (tokens, bits) = (ledger.tokens(), rules.floor);
                 return Err(Error::CacheExhausted { layer: at.layer, tokens, bits });
             }
-            parts.push(Part { store, ledger, positions, from, new });
-            next.push((s, from, new, after));
+            arrivals.push(Arrival { s, from, new, after });
         }
-        let incoming = Incoming::of(at, k, v, self.layout.exact)?;
-        let call = Call { at, q, k, v, incoming: &incoming, pools: &self.pools, layout: &self.layout };
-        let (out, scores) = call.attend(&parts)?;
-        // Nothing fails from here on.
+        Ok(arrivals)
+    }
+
+    /// Stores the rows of a call; gives the sequences whose budget is now full.
+    fn commit(&mut self, at: &Site, arrivals: Vec<Arrival>, incoming: &Incoming) -> Vec<SeqId> {
+        let rules = &self.rules[at.layer];
         let mut exhausted = Vec::new();
-        for (s, from, new, after) in next {
+        for Arrival { s, from, new, after } in arrivals {
             let Some(sequence) = self.sequences.get_mut(&s) else { continue };
             let layer = &mut sequence.layers[at.layer];
-            let new_rows = incoming.rows(from, new.len());
-            layer.store.append(&mut self.pools, &self.layout, &layer.ledger, &after, new_rows);
+            let rows = incoming.rows(from, new.len());
+            layer.store.append(&mut self.pools, &self.layout, &layer.ledger, &after, rows);
             layer.positions.extend(new);
             layer.ledger = after;
             if self.exhausted != Exhausted::Error && !layer.ledger.has_room(rules) {
                 exhausted.push(s);
             }
         }
-        Ok(Attended { out, scores, exhausted })
+        exhausted
     }
 
     /// Whether every layer keeps the rows at positions 0 to `position`, in the state that those alone would have led to.
@@ -355,7 +393,9 @@ impl KvCache for PagedCache {
             }
         }
         if let Some(e) = damaged {
-            layers.iter_mut().for_each(|layer| layer.store.close(&mut self.pools));
+            for layer in &mut layers {
+                layer.store.close(&mut self.pools);
+            }
             return Err(e.into());
         }
         Ok(self.insert(snapshot.max_tokens, layers))

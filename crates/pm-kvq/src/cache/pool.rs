@@ -6,17 +6,16 @@
 //!
 //! Blocks come out of slabs, lowest first; a slab without a block goes back to the system, all but one.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::collections::BTreeSet;
 
+use memmap2::MmapMut;
 use nics_kernels::memory::prefer_huge_pages;
 
 /// Bytes by which the pool grows at most at a time.
 const LARGEST_SLAB: usize = 8 << 20;
-
-/// A system page, so that slabs and large blocks begin at one.
-#[derive(Clone)]
-#[repr(C, align(4096))]
-struct Line([u8; 4096]);
+/// Slabs are whole pages of the system.
+const SYSTEM_PAGE: usize = 4096;
 
 /// A part of a [`Pool`], which gave it out and takes it back.
 #[derive(Debug)]
@@ -35,7 +34,8 @@ impl Block {
 }
 
 struct Slab {
-    memory: Box<[Line]>,
+    /// Its own mapping, so that it goes back to the system for sure; resident once it is written.
+    memory: MmapMut,
     /// Units given out.
     used: u32,
 }
@@ -127,17 +127,13 @@ impl Pool {
     /// What a block holds.
     pub fn bytes(&self, block: &Block) -> &[u8] {
         let (from, len) = self.range(block);
-        // SAFETY: lines are plain bytes without gaps, and a block lies within its slab.
-        unsafe { std::slice::from_raw_parts(self.memory(block).as_ptr().cast::<u8>().add(from), len) }
+        self.slabs[block.slab as usize].as_ref().map_or(&[], |slab| &slab.memory[from..from + len])
     }
 
     /// What a block holds, for writing.
     pub fn bytes_mut(&mut self, block: &Block) -> &mut [u8] {
         let (from, len) = self.range(block);
-        let Some(Some(slab)) = self.slabs.get_mut(block.slab as usize) else { return &mut [] };
-        assert!(from + len <= size_of_val(&*slab.memory), "a block of another pool");
-        // SAFETY: as in `bytes`; the pool is borrowed for as long as the bytes are.
-        unsafe { std::slice::from_raw_parts_mut(slab.memory.as_mut_ptr().cast::<u8>().add(from), len) }
+        self.slabs[block.slab as usize].as_mut().map_or(&mut [], |slab| &mut slab.memory[from..from + len])
     }
 
     /// Bytes of a block of this order.
@@ -153,14 +149,6 @@ impl Pool {
     /// Bytes given out.
     pub fn used(&self) -> usize {
         self.used * self.unit
-    }
-
-    fn memory(&self, block: &Block) -> &[Line] {
-        let (from, len) = self.range(block);
-        let memory =
-            self.slabs.get(block.slab as usize).and_then(Option::as_ref).map_or(&[][..], |s| &s.memory);
-        assert!(from + len <= size_of_val(memory), "a block of another pool");
-        memory
     }
 
     fn range(&self, block: &Block) -> (usize, usize) {
@@ -194,11 +182,16 @@ impl Pool {
     /// A slab more: a quarter of what there is, at least one block of the largest order.
     fn grow(&mut self) {
         let largest = self.size(self.top);
-        let bytes = (self.allocated / 4).min(LARGEST_SLAB).max(largest).next_multiple_of(size_of::<Line>());
-        let mut memory: Vec<Line> = Vec::with_capacity(bytes / size_of::<Line>());
-        prefer_huge_pages(memory.as_ptr().cast(), if bytes >= LARGEST_SLAB / 4 { bytes } else { 0 });
-        memory.resize(bytes / size_of::<Line>(), Line([0; 4096]));
-        let slab = Slab { memory: memory.into_boxed_slice(), used: 0 };
+        let bytes = (self.allocated / 4).min(LARGEST_SLAB).max(largest).next_multiple_of(SYSTEM_PAGE);
+        let Ok(memory) = MmapMut::map_anon(bytes) else {
+            // As for any other memory that the system does not give.
+            let layout = Layout::from_size_align(bytes, SYSTEM_PAGE).unwrap_or(Layout::new::<u8>());
+            handle_alloc_error(layout)
+        };
+        if bytes >= LARGEST_SLAB / 4 {
+            prefer_huge_pages(memory.as_ptr(), bytes);
+        }
+        let slab = Slab { memory, used: 0 };
         let index = self.slabs.iter().position(Option::is_none).unwrap_or(self.slabs.len());
         if index == self.slabs.len() {
             self.slabs.push(None);
@@ -222,7 +215,7 @@ impl Pool {
             return;
         }
         if let Some(gone) = self.slabs[slab as usize].take() {
-            let bytes = size_of_val(&*gone.memory);
+            let bytes = gone.memory.len();
             self.allocated -= bytes;
             for block in self.whole_blocks(slab, bytes) {
                 self.free[usize::from(self.top)].remove(&block);
