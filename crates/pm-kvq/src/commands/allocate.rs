@@ -58,6 +58,16 @@ enum Mode {
     Official,
 }
 
+/// What a layer takes, in bytes.
+struct Costs {
+    /// A bit of width.
+    unit: f64,
+    /// At any width.
+    fixed: f64,
+    /// Each choice in all.
+    each: Vec<(Bits, f64)>,
+}
+
 impl Allocate {
     pub fn run(self) -> Result<()> {
         let shape = ModelShape::read(&self.model)?;
@@ -69,7 +79,7 @@ impl Allocate {
             .with_context(|| format!("{} is no sensitivity", self.sensitivity.display()))?;
         let sensitivity = read_sensitivity(&self.sensitivity, &origin, dims.layers)?;
         let budget = self.budget.0 as u64;
-        let (unit, fixed, costs) = self.costs(&dims)?;
+        let Costs { unit, fixed, each } = self.costs(&dims)?;
         let codes = budget as f64 - fixed * dims.layers as f64;
         let mut allocation = match allocate(&sensitivity.totals(), &self.choices, unit, codes) {
             Err(pm_kvq::Error::InfeasibleBudget { needed, .. }) => {
@@ -78,7 +88,7 @@ impl Allocate {
             }
             found => found?,
         };
-        let cost = |width: &Bits| costs.iter().find(|(bits, _)| bits == width).map_or(0.0, |(_, cost)| *cost);
+        let cost = |width: &Bits| each.iter().find(|(bits, _)| bits == width).map_or(0.0, |(_, cost)| *cost);
         allocation.bytes = allocation.widths.iter().map(cost).collect();
         let widths = Widths { allocation, choices: self.choices, budget, max_len: self.max_len };
         write_allocation(&self.out, &origin, &widths)?;
@@ -100,12 +110,12 @@ impl Allocate {
         Ok(())
     }
 
-    /// Bytes that a bit of width takes in a layer, those that it takes at any width, and what each choice takes in all.
-    fn costs(&self, dims: &ModelDims) -> Result<(f64, f64, Vec<(Bits, f64)>)> {
+    /// What a layer takes.
+    fn costs(&self, dims: &ModelDims) -> Result<Costs> {
         if self.budget_mode == Mode::Official {
             let unit = unit(dims.kv_heads as usize, dims.head_dim as usize, self.max_len);
             let costs = self.choices.iter().map(|bits| (*bits, f64::from(bits.get()) * unit)).collect();
-            return Ok((unit, 0.0, costs));
+            return Ok(Costs { unit, fixed: 0.0, each: costs });
         }
         let mut costs = Vec::new();
         for bits in &self.choices {
@@ -128,6 +138,6 @@ impl Allocate {
         let unit = costs.windows(2).map(slope).reduce(f64::max).unwrap_or(plain).max(1e-6);
         let fixed =
             costs.iter().map(|(bits, cost)| cost - f64::from(bits.get()) * unit).fold(f64::MIN, f64::max);
-        Ok((unit, fixed, costs))
+        Ok(Costs { unit, fixed, each: costs })
     }
 }

@@ -135,7 +135,7 @@ struct Judged {
 /// What tells right from wrong, made before anything is written.
 pub enum Referee<'a> {
     Answers(Judging),
-    Programs { problems: HashMap<&'a str, &'a Problem>, judge: Option<Judge> },
+    Programs { problems: HashMap<&'a str, &'a Problem>, judge: Option<Box<Judge>> },
 }
 
 impl<'a> Referee<'a> {
@@ -149,7 +149,8 @@ impl<'a> Referee<'a> {
             }
             return Ok(Self::Answers(rule.into()));
         }
-        let judge = if code.run_code { Some(Judge::open(&code.python, Limits::default())?) } else { None };
+        let judge =
+            if code.run_code { Some(Box::new(Judge::open(&code.python, Limits::default())?)) } else { None };
         if judge.is_some() {
             problems.iter().try_for_each(|problem| problem.tests().map(drop))?;
         }

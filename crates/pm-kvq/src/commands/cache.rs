@@ -1,6 +1,6 @@
 //! The flags that say how keys and values are kept.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
@@ -61,7 +61,8 @@ impl FromStr for Kv {
         }
         // `rtn-4:group=64` is of a baseline, `window=64` is not.
         let looks_like = text.contains('=') && !text.split('=').next().is_some_and(|name| name.contains(':'));
-        if settings.is_none() && !looks_like && !text.ends_with(".toml") {
+        let is_toml = Path::new(text).extension().is_some_and(|e| e.eq_ignore_ascii_case("toml"));
+        if settings.is_none() && !looks_like && !is_toml {
             let refused = text.parse::<Baseline>().err().map(|e| e.to_string()).unwrap_or_default();
             return Err(format!(
                 "{refused}; or dense, or settings of pm-kvq, e.g. budget=64MiB,min-bits=2 or a .toml file"

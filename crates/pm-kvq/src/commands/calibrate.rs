@@ -285,12 +285,11 @@ impl OfScales {
         let dims = opened.model.dims().clone();
         let path = self.max_keys.unwrap_or_else(|| files.path(MAX_KEYS));
         let keys = read_max_keys(&path, &origin, &dims)?;
-        let widths = match self.bits {
-            Some(bits) => vec![bits; dims.layers],
-            None => {
-                let path = self.budgets.unwrap_or_else(|| files.path(ALLOCATION));
-                read_allocation(&path, &origin, dims.layers)?.allocation.widths
-            }
+        let widths = if let Some(bits) = self.bits {
+            vec![bits; dims.layers]
+        } else {
+            let path = self.budgets.unwrap_or_else(|| files.path(ALLOCATION));
+            read_allocation(&path, &origin, dims.layers)?.allocation.widths
         };
         let bar = spinner(quiet, "scales");
         let search =

@@ -152,7 +152,10 @@ impl Eval {
             seed: Some(self.seed),
             ..self.labels.base(opened.checkpoint.name(), self.bench.name())
         };
-        let Some(right) = right else { return unscored(responses.len(), &path) };
+        let Some(right) = right else {
+            unscored(responses.len(), &path);
+            return Ok(());
+        };
         self.labels.report(&responses, &right, &referee, &base, &self.out.join("rows.jsonl"))
     }
 
@@ -268,20 +271,22 @@ impl JudgeResponses {
         let beside = self.responses.parent().unwrap_or(Path::new(""));
         let interrupt = Interrupt::install()?;
         let right = referee.judge(&responses, &self.code, &beside.join(JUDGED), quiet, &interrupt)?;
-        let Some(right) = right else { return unscored(responses.len(), &self.responses) };
+        let Some(right) = right else {
+            unscored(responses.len(), &self.responses);
+            return Ok(());
+        };
         let out = self.out.clone().unwrap_or_else(|| beside.join("rows.jsonl"));
         let base = Row { seed: Some(first.seed), ..self.labels.base(&self.model, bench.name()) };
         self.labels.report(&responses, &right, &referee, &base, &out)
     }
 }
 
-fn unscored(n: usize, path: &Path) -> Result<()> {
+fn unscored(n: usize, path: &Path) {
     println!(
         "{n} responses are in {}, not scored: programs are run with --run-code alone. The same command with it goes on from \
          here",
         path.display()
     );
-    Ok(())
 }
 
 impl Labels {

@@ -53,17 +53,16 @@ impl Opened {
             }
         };
         let generation = checkpoint.generation_config()?.unwrap_or_default();
-        let eos = match &tokenizer {
-            Some(tokenizer) => tokenizer.special_ids().eos.clone(),
-            None => {
-                let config = checkpoint.config_json().get("eos_token_id");
-                let of = |value: &Value| -> Vec<u32> {
-                    let all = value.as_array().map_or_else(|| std::slice::from_ref(value), Vec::as_slice);
-                    all.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect()
-                };
-                let own = of(&generation["eos_token_id"]);
-                if own.is_empty() { config.map(of).unwrap_or_default() } else { own }
-            }
+        let eos = if let Some(tokenizer) = &tokenizer {
+            tokenizer.special_ids().eos.clone()
+        } else {
+            let config = checkpoint.config_json().get("eos_token_id");
+            let of = |value: &Value| -> Vec<u32> {
+                let all = value.as_array().map_or_else(|| std::slice::from_ref(value), Vec::as_slice);
+                all.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+            };
+            let own = of(&generation["eos_token_id"]);
+            if own.is_empty() { config.map(of).unwrap_or_default() } else { own }
         };
         let own = own_sampling(&generation);
         Ok(Self { checkpoint, model, tokenizer, template, eos, own })

@@ -11,7 +11,7 @@ use crate::kit::*;
 fn aime(dir: &Path) -> std::path::PathBuf {
     let folder = dir.join("aime");
     std::fs::create_dir(&folder).unwrap();
-    let lines: String = (0..3)
+    let lines: Vec<String> = (0..3)
         .map(|i| {
             format!(
                 "{{\"ID\": \"2024-{i}\", \"Problem\": \"What is {i} plus one?\", \"Answer\": \"00{}\"}}\n",
@@ -19,7 +19,7 @@ fn aime(dir: &Path) -> std::path::PathBuf {
             )
         })
         .collect();
-    std::fs::write(folder.join("train.jsonl"), lines).unwrap();
+    std::fs::write(folder.join("train.jsonl"), lines.concat()).unwrap();
     folder
 }
 

@@ -5,6 +5,9 @@ use pm_kvq::compare::{Bin, Measured};
 
 use super::Item;
 
+/// Which of a prompt's figures.
+type Which = fn(&Item) -> &[Measured];
+
 /// One cache over all prompts.
 struct Line {
     name: String,
@@ -49,7 +52,7 @@ impl Line {
 }
 
 /// Caches that were there for every prompt, so that means are over the same ones.
-fn lines(items: &[Item], of: fn(&Item) -> &[Measured]) -> Vec<Line> {
+fn lines(items: &[Item], of: Which) -> Vec<Line> {
     let mut names: Vec<&str> = Vec::new();
     for one in items.iter().flat_map(of) {
         if !names.contains(&one.name.as_str()) {
@@ -72,7 +75,7 @@ fn share(bin: &Bin) -> f64 {
 /// Result rows: of each cache, then of the method at the same average.
 pub fn rows(items: &[Item], bin: usize, base: &Row) -> Vec<Row> {
     let mut rows = Vec::new();
-    let tables: [(&str, fn(&Item) -> &[Measured]); 2] =
+    let tables: [(&str, Which); 2] =
         [("", |item| &item.measured), ("pm-kvq at the average of ", |item| &item.matched)];
     for (before, of) in tables {
         for line in lines(items, of) {
