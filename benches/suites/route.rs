@@ -30,7 +30,8 @@ const LAYERS: usize = 4;
 
 /// Runs the suite.
 pub fn run(settings: &Settings) -> Result<()> {
-    for (name, lengths) in [("qwen3-0.6b", &[1][..]), ("qwen3-8b", settings.pick(&[1, 4, 8, 20], &[1, 8], &[1, 4]))]
+    for (name, lengths) in
+        [("qwen3-0.6b", &[1][..]), ("qwen3-8b", settings.pick(&[1, 4, 8, 20], &[1, 8], &[1, 4]))]
     {
         model(settings, name, lengths)?;
     }

@@ -60,7 +60,8 @@ impl Libtorch {
                     Ok((weight, take(format!("{at}.{p}.bias")).ok()))
                 });
                 let [q, k, v, o, gate, up, down] = projections;
-                let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|n| take(format!("{at}.self_attn.{n}.weight")));
+                let [q_norm, k_norm] =
+                    ["q_norm", "k_norm"].map(|n| take(format!("{at}.self_attn.{n}.weight")));
                 Ok(Layer {
                     input_norm: take(format!("{at}.input_layernorm.weight"))?,
                     post_norm: take(format!("{at}.post_attention_layernorm.weight"))?,

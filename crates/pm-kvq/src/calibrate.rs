@@ -6,7 +6,7 @@
 //! | [`sensitivity`] | how much the loss changes when a layer's cache is stored at a width |
 //! | [`max_keys`] | the largest key of each head and rotary pair |
 //! | [`search`] | the exponent α of each layer's key scales |
-//! | [`scales`], [`fold`], [`runtime`] | key scales; in the weights, or at run time where that is impossible |
+//! | [`scales`], [`mod@fold`], [`runtime`] | key scales; in the weights, or at run time where that is impossible |
 //! | [`artefact`] | the files that all of this is kept in |
 //! | [`all`] | every stage in two passes over the samples, resumable |
 //!

@@ -92,13 +92,17 @@ pub fn write(model: &dyn Model, cache: &mut dyn KvCache, problems: &[AddingRing]
         recalled = run.step(&twins, row, &single(&recalled))?;
         push(&mut recall, &recalled);
     }
-    twins.iter().for_each(|&s| run.cache.close(s));
+    for &s in &twins {
+        run.cache.close(s);
+    }
     for row in FORK..ROWS {
         next = run.step(&seqs, row, &single(&next))?;
         run.count(first)?;
         push(&mut ring, &next);
     }
-    seqs.iter().for_each(|&s| run.cache.close(s));
+    for &s in &seqs {
+        run.cache.close(s);
+    }
     Ok(Texts { ring, recall, bytes: run.bytes })
 }
 

@@ -8,10 +8,10 @@ use nics_datasets::ring::RingProblem;
 use nics_datasets::word_problems::Split;
 use tch::Tensor;
 
-use super::evaluate::{Bench, MIDDLE, ORACLE, Store};
-use super::settings::Study;
 use super::Point;
+use super::evaluate::{Bench, MIDDLE, ORACLE, Store};
 use super::oracle::path;
+use super::settings::Study;
 use crate::Result;
 use crate::baselines::query::{
     Comparison, Head, Matrix, QueryRouter, Similarity, pooled_states, threshold_for_share,
