@@ -155,8 +155,8 @@ pub fn gemv_with(isa: Isa, pool: &Pool, x: Values, rows: usize, products: &mut [
     });
 }
 
-/// How the outputs of a matrix with rows of so many bytes are shared out among threads: large tasks first, of one to
-/// [`OUTPUTS`] outputs more than they have to be so that they are whole multiples of that.
+/// How the outputs of a matrix with rows of so many bytes are shared out among threads: large tasks first, smaller ones towards
+/// the end, multiples of 8 outputs but for the last.
 pub fn shares(out: usize, row_bytes: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
     let (least, most) = ((LEAST_BYTES / row_bytes.max(1)).max(1), (MOST_BYTES / row_bytes.max(1)).max(1));
     let mut first = 0;

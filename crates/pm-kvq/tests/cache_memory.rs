@@ -68,7 +68,7 @@ fn check(bytes: usize) {
             100.0 * off
         );
         // A last slab of 8 MiB may not have been written to yet.
-        let least = 0.97 * reported as f64 - (8 << 20) as f64;
+        let least = 0.97 * reported as f64 - f64::from(8 << 20);
         assert!(off < 0.03 && grown as f64 > least, "{bits} bits: {grown} bytes beside {reported}");
     }
 }
