@@ -257,7 +257,9 @@ mod tests {
         // And a layer whose pages are halved together.
         let mut layer: Vec<Block> = (0..100).map(|_| pool.take(3)).collect();
         for _ in 0..3 {
-            layer.iter_mut().for_each(|block| pool.halve(block));
+            for block in layer.iter_mut() {
+                pool.halve(block);
+            }
         }
         let free: usize = pool.free[3].len();
         assert!(free >= 85, "{free} of 100 largest blocks are free again");
