@@ -257,7 +257,7 @@ mod tests {
         // And a layer whose pages are halved together.
         let mut layer: Vec<Block> = (0..100).map(|_| pool.take(3)).collect();
         for _ in 0..3 {
-            for block in layer.iter_mut() {
+            for block in &mut layer {
                 pool.halve(block);
             }
         }
