@@ -70,7 +70,8 @@ fn served_before_or_not(
 
 #[test]
 fn every_logit_is_the_same_to_the_bit_whatever_was_served_before() {
-    let exact = TextSettings { min_prefix: Some(1), ..settings() };
+    // Chunks longer than what the kernels of few rows take, which give a row the same bits in any company.
+    let exact = TextSettings { min_prefix: Some(1), prefill_chunk: 32, prefill_budget: 64, ..settings() };
     let ways = [(1, 10_000), (1, 400), (4, 10_000), (4, 600), (16, 10_000)];
     let differ = ["llama", "qwen2-window", "qwen3"]
         .map(|name| served_before_or_not(&decoder(name), &exact, 3, &ways))
