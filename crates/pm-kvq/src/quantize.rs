@@ -56,6 +56,11 @@ impl Group {
     }
 }
 
+/// Whether all values are finite.
+pub(crate) fn finite(t: &Tensor) -> Result<bool> {
+    Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+}
+
 /// The largest divisor of `head_dim` up to 128: values that share a scale unless told otherwise.
 pub fn default_group(head_dim: i64) -> i64 {
     largest_divisor(head_dim, 128)

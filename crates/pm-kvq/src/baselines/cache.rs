@@ -6,14 +6,15 @@
 
 use std::collections::HashMap;
 
-use nics_core::cache::{attend_one, check_qkv, probabilities};
+use nics_core::cache::{attend_one, probabilities};
 use nics_core::models::ModelDims;
 use nics_core::nn::Rope;
 use nics_core::seam::{Attended, Bytes, KvCache, Mask, SeqId, Site, Snapshot};
 use tch::{Kind, Tensor};
 
 use super::rows::Rows;
-use crate::{Error, Result};
+use crate::cache::call::{self, unknown};
+use crate::Result;
 
 /// New rows of one sequence in one layer.
 #[derive(Debug)]
@@ -157,25 +158,13 @@ impl Simulated {
 
     /// Whether a call can be taken at all; nothing has changed yet.
     fn check(&self, at: &Site, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (_, _, kv_heads, d) = check_qkv(at, q, k, v)?;
-        if at.layer >= self.dims.layers || (kv_heads, d) != (self.dims.kv_heads, self.dims.head_dim) {
-            return Err(Error::Input(format!(
-                "layer {} of {kv_heads} heads of {d} channels in a cache for {} layers of {} heads of {}",
-                at.layer, self.dims.layers, self.dims.kv_heads, self.dims.head_dim
-            )));
-        }
-        let finite = |t: &Tensor| -> Result<bool> { Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0) };
-        if !(finite(k)? && finite(v)?) {
-            return Err(Error::NonFiniteInput { layer: at.layer });
-        }
+        call::fits(at, q, k, v, call::Kept::of(&self.dims))?;
+        call::finite(at.layer, [k, v])?;
         for (s, _, positions) in at.rows.iter() {
             let sequence = self.sequence(s)?;
             let need = sequence.layers[at.layer].len() + positions.len();
             if need > sequence.max_tokens {
-                let max = sequence.max_tokens;
-                return Err(
-                    nics_core::Error::ContextOverflow { need, max, what: "the sequence's cache" }.into()
-                );
+                return Err(call::overflow(need, sequence.max_tokens));
             }
         }
         Ok(())
@@ -252,10 +241,6 @@ fn received(
         let _ = sums.f_narrow(0, 0, seen as i64)?.f_add_(&part)?;
     }
     Ok(sums)
-}
-
-fn unknown(s: SeqId) -> Error {
-    Error::Input(format!("sequence {} is not open in this cache", s.0))
 }
 
 impl KvCache for Simulated {

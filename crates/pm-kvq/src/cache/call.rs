@@ -1,10 +1,11 @@
 //! What every cache of this crate asks of a call.
 
 use nics_core::cache::check_qkv;
+use nics_core::models::ModelDims;
 use nics_core::seam::{Mask, SeqId, Site};
 use tch::Tensor;
 
-use crate::{Error, Result};
+use crate::{Error, Result, quantize};
 
 /// Shape of the keys and values that a cache keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,11 +18,18 @@ pub struct Kept {
     pub head_dim: i64,
 }
 
-/// Checks a call before anything of it is kept.
+impl Kept {
+    /// That of a model.
+    pub fn of(dims: &ModelDims) -> Self {
+        Self { layers: dims.layers, kv_heads: dims.kv_heads, head_dim: dims.head_dim }
+    }
+}
+
+/// Checks the shapes of a call.
 ///
 /// # Errors
-/// Shapes that do not fit each other, the site or the cache, a sequence that stands twice, and masks that need keys by position.
-pub fn check(at: &Site, q: &Tensor, k: &Tensor, v: &Tensor, kept: Kept) -> Result<()> {
+/// Those that do not fit each other, the site or the cache.
+pub fn fits(at: &Site, q: &Tensor, k: &Tensor, v: &Tensor, kept: Kept) -> Result<()> {
     let (_, _, kv_heads, d) = check_qkv(at, q, k, v)?;
     if at.layer >= kept.layers || (kv_heads, d) != (kept.kv_heads, kept.head_dim) {
         return Err(Error::Input(format!(
@@ -29,6 +37,15 @@ pub fn check(at: &Site, q: &Tensor, k: &Tensor, v: &Tensor, kept: Kept) -> Resul
             at.layer, kept.layers, kept.kv_heads, kept.head_dim
         )));
     }
+    Ok(())
+}
+
+/// Checks a call before anything of it is kept.
+///
+/// # Errors
+/// Those of [`fits`], a sequence that stands twice, and masks that need keys by position.
+pub fn check(at: &Site, q: &Tensor, k: &Tensor, v: &Tensor, kept: Kept) -> Result<()> {
+    fits(at, q, k, v, kept)?;
     let mut seqs = at.rows.seqs().to_vec();
     seqs.sort_unstable();
     if let Some(twice) = seqs.windows(2).find(|s| s[0] == s[1]) {
@@ -56,7 +73,7 @@ pub fn overflow(need: usize, max: usize) -> Error {
 /// Checks that keys and values are numbers.
 pub fn finite(layer: usize, rows: [&Tensor; 2]) -> Result<()> {
     for t in rows {
-        if t.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        if !quantize::finite(t)? {
             return Err(Error::NonFiniteInput { layer });
         }
     }

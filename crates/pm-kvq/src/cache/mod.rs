@@ -12,7 +12,7 @@
 //! | `official.rs` | the reference's caches |
 
 mod attend;
-mod call;
+pub(crate) mod call;
 mod config;
 pub mod official;
 mod paged;

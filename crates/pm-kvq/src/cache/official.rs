@@ -303,7 +303,7 @@ impl OfficialCache {
             let (found, layers) = (settings.budgets.len(), dims.layers);
             return Err(Error::Input(format!("{found} budgets for a model of {layers} layers")));
         }
-        let kept = call::Kept { layers: dims.layers, kv_heads: dims.kv_heads, head_dim: dims.head_dim };
+        let kept = call::Kept::of(dims);
         Ok(Self { settings, kept, next: 0, sequences: HashMap::new() })
     }
 

@@ -96,7 +96,7 @@ impl PagedCache {
         Ok(Self {
             name: format!("pm-kvq {settings}"),
             exhausted: config.exhausted,
-            kept: call::Kept { layers: dims.layers, kv_heads: dims.kv_heads, head_dim: dims.head_dim },
+            kept: call::Kept::of(dims),
             layout,
             rules,
             pools,

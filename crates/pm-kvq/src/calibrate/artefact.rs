@@ -21,10 +21,10 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::max_keys::{MaxKeys, MaxMode};
-use super::record::finite;
 use super::scales::Scales;
 use super::sensitivity::Sensitivity;
 use crate::allocate::Allocation;
+use crate::quantize::finite;
 use crate::{Bits, Error, Result};
 
 /// File of the sensitivity.

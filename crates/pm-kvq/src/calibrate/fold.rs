@@ -7,9 +7,9 @@
 use nics_core::models::Model;
 use tch::{Kind, Tensor};
 
-use super::record::finite;
 use super::scales::Scales;
 use super::search::layer_of;
+use crate::quantize::finite;
 use crate::{Error, Result};
 
 /// What a parameter's rows are multiplied with.

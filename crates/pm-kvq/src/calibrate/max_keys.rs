@@ -7,8 +7,9 @@ use nics_core::models::Model;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::record::{finite, watch};
+use super::record::watch;
 use super::samples::{Samples, stretch};
+use crate::quantize::finite;
 use crate::{Error, Result};
 
 /// How the largest key of a pair is taken.

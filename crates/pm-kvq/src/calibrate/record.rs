@@ -113,8 +113,3 @@ pub(crate) fn watch(
     let embeds = model.embed(&tensor(model, ids)?)?;
     run(model, &embeds, step, see).map(drop)
 }
-
-/// Whether all values are finite.
-pub(crate) fn finite(t: &Tensor) -> Result<bool> {
-    Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
-}

@@ -5,8 +5,8 @@ use nics_core::models::ModelDims;
 use nics_core::seam::{Attended, Bytes, KvCache, SeqId, Site, Snapshot};
 use tch::{Kind, Tensor};
 
-use super::record::finite;
 use super::scales::Scales;
+use crate::quantize::finite;
 use crate::{Error, Result};
 
 /// A cache behind key scales.

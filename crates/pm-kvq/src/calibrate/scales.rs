@@ -4,7 +4,7 @@
 use nics_core::models::ModelDims;
 use tch::{Kind, Tensor};
 
-use super::record::finite;
+use crate::quantize::finite;
 use crate::{Error, Result};
 
 /// The smallest and the largest scale.

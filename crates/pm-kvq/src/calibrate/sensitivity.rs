@@ -10,8 +10,9 @@ use nics_core::train::masked_cross_entropy;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::record::{finite, run, tensor};
+use super::record::{run, tensor};
 use super::samples::{Samples, stretch};
+use crate::quantize::finite;
 use crate::quantize::{Mode, fake_quant};
 use crate::{Bits, Error, Result};
 
