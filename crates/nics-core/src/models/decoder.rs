@@ -11,7 +11,7 @@ use nics_kernels::gemv::MAX_ROWS;
 use nics_kernels::pool;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor};
 use crate::checkpoint::TensorPath;
@@ -48,6 +48,24 @@ pub struct DecoderConfig {
     pub tied: bool,
     /// In what the family's layer differs.
     pub family: Family,
+}
+
+impl DecoderConfig {
+    /// The dimensions of a model of it.
+    pub fn dims(&self, kind: Kind, device: Device) -> ModelDims {
+        ModelDims {
+            layers: self.layers,
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            vocab: self.vocab,
+            context: self.context,
+            kind,
+            device,
+        }
+    }
 }
 
 /// In what the layers of the families differ.
@@ -429,18 +447,7 @@ impl Decoder {
             .map(|l| DecoderLayer::load(&model.at("layers").at(l), c, l))
             .collect::<Result<Vec<_>>>()?;
         let norm = RmsNorm::load(&model.at("norm"), c.hidden, c.norm_eps)?;
-        let dims = ModelDims {
-            layers: c.layers,
-            hidden: c.hidden,
-            intermediate: c.intermediate,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            head_dim: c.head_dim,
-            vocab: c.vocab,
-            context: c.context,
-            kind: at.kind(),
-            device: at.device(),
-        };
+        let dims = c.dims(at.kind(), at.device());
         let rotary = Rotary::new(c.rope.clone(), at.device());
         Ok(Self { embed_tokens, layers, norm, lm_head, rotary, config, dims })
     }

@@ -36,18 +36,6 @@ impl ModelShape {
 
     /// Its dimensions, as a cache asks for them.
     pub fn dims(&self, kind: Kind) -> ModelDims {
-        let c = &self.config;
-        ModelDims {
-            layers: c.layers,
-            hidden: c.hidden,
-            intermediate: c.intermediate,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            head_dim: c.head_dim,
-            vocab: c.vocab,
-            context: c.context,
-            kind,
-            device: Device::Cpu,
-        }
+        self.config.dims(kind, Device::Cpu)
     }
 }
