@@ -123,6 +123,20 @@ pub fn training_state(given: Option<&Path>, out: &Path) -> PathBuf {
     )
 }
 
+/// `SEED=FOLDER`, for flags that name a folder of each seed.
+///
+/// # Errors
+/// A text for clap.
+pub fn seeded(text: &str) -> std::result::Result<(u64, PathBuf), String> {
+    let (seed, folder) = text.split_once('=').ok_or("expected SEED=FOLDER")?;
+    let seed = seed.parse().map_err(|_| format!("`{seed}` is no seed; expected SEED=FOLDER"))?;
+    if folder.is_empty() {
+        Err("the folder is empty; expected SEED=FOLDER".into())
+    } else {
+        Ok((seed, folder.into()))
+    }
+}
+
 /// A whole number from 1 on, for flags that count something.
 ///
 /// # Errors

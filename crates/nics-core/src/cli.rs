@@ -25,6 +25,8 @@
 //! ```
 
 mod prompts;
+mod replies;
+mod training;
 
 use std::fmt;
 use std::str::FromStr;
@@ -37,6 +39,8 @@ use crate::{Error, Result};
 
 pub use nics_base::cli::*;
 pub use prompts::{Given, PromptArgs, PromptLine};
+pub use replies::Replies;
+pub use training::TrainingBars;
 
 /// `--model`, `--device`, `--dtype`, `--threads`.
 #[derive(Debug, Clone, Args)]

@@ -1,15 +1,15 @@
 //! `megrez generate`.
 
-use std::collections::HashSet;
 use std::io::Write;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use nics_base::hash;
 use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
-use nics_core::cli::{Given, ModelArgs, OutArg, PluginArgs, PromptArgs, PromptLine, SamplingArgs, SeedArg};
+use nics_core::cli::{
+    Given, ModelArgs, OutArg, PluginArgs, PromptArgs, PromptLine, Replies, SamplingArgs, SeedArg,
+};
 use nics_core::generate::{Finish, Generator, Prompt, Request, run as generate};
 use nics_core::sampling::Sampling;
 use nics_core::template::Message;
@@ -77,24 +77,8 @@ impl Generate {
         for (i, line) in lines.iter().enumerate() {
             prompts.push(self.encode(megrez, line).with_context(|| format!("prompt {}", i + 1))?);
         }
-        let (mut log, known) = match &self.out.out {
-            None => (None, Vec::new()),
-            Some(path) => {
-                let (log, known) = JsonlLog::<Reply>::open(path)?;
-                (Some(log), known)
-            }
-        };
-        for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| hash::tokens(p) != reply.prompt_hash) {
-                bail!(
-                    "{} holds a reply to another prompt (index {}): give another --out, or delete it",
-                    self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
-                    reply.index
-                );
-            }
-        }
-        let done: HashSet<usize> = known.iter().map(|r| r.index).collect();
-        let todo: Vec<usize> = (0..prompts.len()).filter(|i| !done.contains(i)).collect();
+        let Replies { mut log, done, todo } =
+            Replies::open(self.out.out.as_deref(), &prompts, |r: &Reply| (r.index, &r.prompt_hash))?;
         let requests = todo.iter().map(|&i| Request {
             prompt: Prompt::Ids(prompts[i].clone()),
             sampling: Sampling {
@@ -107,7 +91,7 @@ impl Generate {
         });
         let progress =
             if quiet { Progress::hidden() } else { Progress::new(prompts.len() as u64, "replies") };
-        progress.start_at(done.len() as u64);
+        progress.start_at(done as u64);
         let interrupt = Interrupt::install()?;
         let tokenizer = &megrez.prompter.tokenizer;
         let mut states: Vec<Option<(TextStream, Reply)>> = todo

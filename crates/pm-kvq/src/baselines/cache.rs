@@ -13,8 +13,8 @@ use nics_core::seam::{Attended, Bytes, KvCache, Mask, SeqId, Site, Snapshot};
 use tch::{Kind, Tensor};
 
 use super::rows::Rows;
-use crate::cache::call::{self, unknown};
 use crate::Result;
+use crate::cache::call::{self, unknown};
 
 /// New rows of one sequence in one layer.
 #[derive(Debug)]

@@ -1,16 +1,14 @@
 //! `pm-kvq generate`.
 
-use std::collections::HashSet;
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use nics_base::hash;
 use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
-use nics_core::cli::{ModelArgs, OutArg, PromptArgs, SamplingArgs, SeedArg, at_least_one};
+use nics_core::cli::{ModelArgs, OutArg, PromptArgs, Replies, SamplingArgs, SeedArg, at_least_one};
 use nics_core::generate::{Generator, Request, run as generate};
 use nics_core::text::TextStream;
 use pm_kvq::watch::Held;
@@ -77,24 +75,8 @@ impl Generate {
         let max_new_tokens = self.sampling.max_new_tokens.unwrap_or(1024);
         let prompts = opened.encode_all(&lines, self.raw)?;
         let Kept { mut cache, log: seen } = opened.cache(&self.cache, self.scales.as_deref())?;
-        let (mut log, known) = match &self.out.out {
-            None => (None, Vec::new()),
-            Some(path) => {
-                let (log, known) = JsonlLog::<Reply>::open(path)?;
-                (Some(log), known)
-            }
-        };
-        for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| hash::tokens(p) != reply.prompt_hash) {
-                bail!(
-                    "{} holds a reply to another prompt (index {}): give another --out, or delete it",
-                    self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
-                    reply.index
-                );
-            }
-        }
-        let done: HashSet<usize> = known.iter().map(|r| r.index).collect();
-        let todo: Vec<usize> = (0..prompts.len()).filter(|i| !done.contains(i)).collect();
+        let Replies { mut log, done, todo } =
+            Replies::open(self.out.out.as_deref(), &prompts, |r: &Reply| (r.index, &r.prompt_hash))?;
         let requests: Vec<Request> = todo
             .iter()
             .map(|&i| {
@@ -106,7 +88,7 @@ impl Generate {
         let live = prompts.len() == 1 && log.is_none() && !self.json && opened.maybe_tokenizer().is_some();
         let progress =
             if quiet || live { Progress::hidden() } else { Progress::new(prompts.len() as u64, "replies") };
-        progress.start_at(done.len() as u64);
+        progress.start_at(done as u64);
         let interrupt = Interrupt::install()?;
         let mut states: Vec<Option<(Option<TextStream>, Reply)>> = todo
             .iter()

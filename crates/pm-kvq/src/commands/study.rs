@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::{jsonl, row};
-use nics_core::cli::{DeviceArgs, ShardArg};
+use nics_core::cli::{DeviceArgs, ShardArg, seeded};
 use pm_kvq::study::{
     About, Inputs, LIMITS, Output, POINTS_FILE, Study as Settings, Subject, Weights, evaluate, figures,
 };
@@ -102,16 +102,6 @@ struct Report {
     /// Fail unless the claims hold
     #[arg(long)]
     check: bool,
-}
-
-fn seeded(text: &str) -> Result<(u64, PathBuf), String> {
-    let (seed, folder) = text.split_once('=').ok_or("expected SEED=FOLDER")?;
-    let seed = seed.parse().map_err(|_| format!("`{seed}` is no seed; expected SEED=FOLDER"))?;
-    if folder.is_empty() {
-        Err("the folder is empty; expected SEED=FOLDER".into())
-    } else {
-        Ok((seed, folder.into()))
-    }
 }
 
 impl Study {

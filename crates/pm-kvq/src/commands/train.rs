@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use nics_base::interrupt::Interrupt;
-use nics_base::progress::Progress;
-use nics_core::cli::{DeviceArgs, training_state};
+use nics_core::cli::{DeviceArgs, TrainingBars, training_state};
 use pm_kvq::nano::{Recipe, train};
 
 /// Trains the nano models of a recipe that are not in --out yet: OUT/seed-N; resumable.
@@ -35,27 +34,11 @@ impl Train {
         let device = self.run_on.device.open()?;
         let state = training_state(self.state.as_deref(), &self.out);
         let interrupt = Interrupt::install()?;
-        let mut bar: Option<(u64, Progress)> = None;
+        let mut bars = TrainingBars::new(quiet);
         train(&recipe, &state, &self.out, device, &interrupt, &mut |seed, p| {
-            if bar.as_ref().is_none_or(|(of, _)| *of != seed) {
-                let new = if quiet {
-                    Progress::hidden()
-                } else {
-                    Progress::new(p.steps, format!("model of seed {seed}"))
-                };
-                new.start_at(p.step);
-                if let Some((_, old)) = bar.replace((seed, new)) {
-                    old.finish();
-                }
-            }
-            if let Some((_, bar)) = &bar {
-                bar.set(p.step);
-                bar.label(format!("model of seed {seed}: loss {:.4}", p.loss));
-            }
+            bars.show(format!("model of seed {seed}"), &p);
         })?;
-        if let Some((_, bar)) = bar {
-            bar.finish();
-        }
+        bars.finish();
         eprintln!("{}: {} models", self.out.display(), recipe.seeds.len());
         Ok(())
     }

@@ -1,15 +1,13 @@
 //! `r2r generate`.
 
-use std::collections::HashSet;
 use std::io::Write;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use nics_base::hash;
 use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::JsonlLog;
 use nics_base::progress::Progress;
-use nics_core::cli::{Given, OutArg, PromptArgs, PromptLine, SamplingArgs, SeedArg};
+use nics_core::cli::{Given, OutArg, PromptArgs, PromptLine, Replies, SamplingArgs, SeedArg};
 use nics_core::template::Message;
 use r2r::decode::{MeanParameters, Request, TokenEvent, Usage, run};
 use serde::{Deserialize, Serialize};
@@ -81,24 +79,8 @@ impl Generate {
         for (i, line) in lines.iter().enumerate() {
             prompts.push(self.encode(&opened, line).with_context(|| format!("prompt {}", i + 1))?);
         }
-        let (mut log, known) = match &self.out.out {
-            None => (None, Vec::new()),
-            Some(path) => {
-                let (log, known) = JsonlLog::<Reply>::open(path)?;
-                (Some(log), known)
-            }
-        };
-        for reply in &known {
-            if prompts.get(reply.index).is_none_or(|p| hash::tokens(p) != reply.prompt_hash) {
-                bail!(
-                    "{} holds a reply to another prompt (index {}): give another --out, or delete it",
-                    self.out.out.as_deref().unwrap_or("standard output".as_ref()).display(),
-                    reply.index
-                );
-            }
-        }
-        let done: HashSet<usize> = known.iter().map(|r| r.index).collect();
-        let todo: Vec<usize> = (0..prompts.len()).filter(|i| !done.contains(i)).collect();
+        let Replies { mut log, done, todo } =
+            Replies::open(self.out.out.as_deref(), &prompts, |r: &Reply| (r.index, &r.prompt_hash))?;
         let requests: Vec<Request> = todo
             .iter()
             .map(|&i| {
@@ -110,7 +92,7 @@ impl Generate {
         let live = prompts.len() == 1 && log.is_none() && !self.json;
         let progress =
             if quiet || live { Progress::hidden() } else { Progress::new(prompts.len() as u64, "replies") };
-        progress.start_at(done.len() as u64);
+        progress.start_at(done as u64);
         let interrupt = Interrupt::install()?;
         let colour = live && self.color_by_source.on_stdout();
         let mut states: Vec<Option<Open>> = todo

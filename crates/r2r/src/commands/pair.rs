@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use nics_base::interrupt::Interrupt;
-use nics_base::progress::Progress;
-use nics_core::cli::{DeviceArgs, training_state};
-use r2r::nano::{Recipe, Role, train};
+use nics_core::cli::{DeviceArgs, TrainingBars, training_state};
+use r2r::nano::{Recipe, train};
 
 /// Makes nano pairs: small and large models of one vocabulary on a task of this project's own.
 #[derive(Args)]
@@ -55,27 +54,11 @@ impl Train {
         let device = self.run_on.device.open()?;
         let state = training_state(self.state.as_deref(), &self.out);
         let interrupt = Interrupt::install()?;
-        let mut bar: Option<((u64, Role), Progress)> = None;
+        let mut bars = TrainingBars::new(quiet);
         train(&recipe, &state, &self.out, device, &interrupt, &mut |seed, role, p| {
-            if bar.as_ref().is_none_or(|(of, _)| *of != (seed, role)) {
-                let new = if quiet {
-                    Progress::hidden()
-                } else {
-                    Progress::new(p.steps, format!("pair of seed {seed}, {}", role.name()))
-                };
-                new.start_at(p.step);
-                if let Some((_, old)) = bar.replace(((seed, role), new)) {
-                    old.finish();
-                }
-            }
-            if let Some((_, bar)) = &bar {
-                bar.set(p.step);
-                bar.label(format!("pair of seed {seed}, {}: loss {:.4}", role.name(), p.loss));
-            }
+            bars.show(format!("pair of seed {seed}, {}", role.name()), &p);
         })?;
-        if let Some((_, bar)) = bar {
-            bar.finish();
-        }
+        bars.finish();
         eprintln!("{}: {} pairs", self.out.display(), recipe.seeds.len());
         Ok(())
     }
