@@ -25,6 +25,7 @@
 //! | `trainer` | [`Trainer`]: the loop |
 //! | `adamw`, `clip`, `schedule` | the optimiser's parts, each after torch or transformers |
 //! | `loss` | [`masked_cross_entropy`] |
+//! | `scratch` | [`from_scratch`], [`store`]: the weights that a decoder begins with, and its checkpoint |
 //! | `state`, `log` | `state.safetensors` and `metrics.jsonl` in the run's folder |
 
 mod adamw;
@@ -34,6 +35,7 @@ mod error;
 mod log;
 mod loss;
 mod schedule;
+mod scratch;
 mod state;
 mod trainer;
 
@@ -44,5 +46,6 @@ pub use error::{Result, TrainError};
 pub use log::{EvalRow, LogRow, StepRow};
 pub use loss::{IGNORED, Loss, masked_cross_entropy};
 pub use schedule::Schedule;
+pub use scratch::{TRAINING_FILE, from_scratch, is_stored, store};
 pub use state::STATE_FILE;
 pub use trainer::{Hooks, METRICS_FILE, Micro, Progress, Summary, Trainer};

@@ -1,23 +1,23 @@
 //! Training of the models of a recipe.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use nics_base::artefact::{AtomicDir, write_atomic};
 use nics_base::interrupt::Interrupt;
 use nics_core::cache::{DenseCache, NoCache};
-use nics_core::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, TensorPath, save};
-use nics_core::models::{self, Batch, Decoder, Input, Model};
+use nics_core::checkpoint::Checkpoint;
+use nics_core::models::{Batch, Decoder, Input, Model};
 use nics_core::seam::{Ragged, SeqId};
 use nics_core::train::{
-    Hooks, IGNORED, Loss, Micro, Progress, Summary, TrainConfig, TrainError, Trainer, masked_cross_entropy,
+    Hooks, IGNORED, Loss, Micro, Progress, Summary, TrainConfig, TrainError, Trainer, from_scratch,
+    is_stored, masked_cross_entropy, store,
 };
 use nics_datasets::adding_ring::{
     AddingRing, DIGITS, LINE_TOKENS, RECALL_ID, TOKENS, Task, problem, problems,
 };
 use nics_datasets::word_problems::Split;
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::card::Card;
 use super::{Recipe, files, write};
@@ -50,24 +50,13 @@ pub fn train(
         let recipe = Recipe { seeds: vec![seed], ..recipe.clone() };
         let identity = json!({ "task": "adding-ring", "recipe": recipe });
         let folder = out.join(&name);
-        if is_done(&folder, &identity)? {
+        if is_stored(&folder, &identity)? {
             continue;
         }
         let one = One { recipe: &recipe, seed, identity };
         one.train(&state.join(&name), &folder, device, interrupt, &mut |p| report(seed, p))?;
     }
     Ok(())
-}
-
-/// Whether a folder holds the model of this recipe.
-fn is_done(folder: &Path, identity: &Value) -> Result<bool> {
-    let path = folder.join("training.json");
-    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(false) };
-    let wrong = |e: serde_json::Error| Error::Artefact { path: path.clone(), reason: e.to_string() };
-    let known: Value = serde_json::from_str(&text).map_err(wrong)?;
-    // As it comes back from a file: numbers may lose their last bit on the way.
-    let expected: Value = serde_json::from_str(&identity.to_string()).map_err(wrong)?;
-    Ok(known["identity"] == expected)
 }
 
 struct One<'a> {
@@ -86,16 +75,7 @@ impl One<'_> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<()> {
         let config = files::config(&self.recipe.config);
-        let Value::Object(fields) = &config else { return Err(Error::Input("config is no object".into())) };
-        let decoder_config = models::config(fields)?;
-        let layers = decoder_config.layers;
-        let mut decoder = Decoder::load(decoder_config, &self.initial(layers, device))?;
-        let mut parameters = Vec::new();
-        decoder.visit_parameters(&mut |name, tensor| {
-            *tensor = tensor.f_detach()?.f_set_requires_grad(true)?;
-            parameters.push((name.to_owned(), tensor.shallow_clone()));
-            Ok(())
-        })?;
+        let (mut decoder, parameters) = from_scratch(&config, self.recipe.embedding_std, self.seed, device)?;
         let config_of_run = TrainConfig { seed: self.seed, ..self.recipe.train.clone() };
         let mut trainer =
             Trainer::new(parameters, config_of_run, &self.identity, state).map_err(nics_core::Error::from)?;
@@ -105,25 +85,6 @@ impl One<'_> {
         let mut loss = |micro: Micro| self.loss(&decoder, micro).map_err(caller);
         let summary = trainer.run(&mut loss, hooks).map_err(nics_core::Error::from)?;
         self.write(&mut decoder, &config, &summary, out)
-    }
-
-    /// Weights drawn from the seed: matrices with deviation `1 / sqrt(in)`, what ends a residual branch smaller by
-    /// `sqrt(2 layers)` (Radford et al., 2019).
-    fn initial(&self, layers: usize, device: Device) -> TensorPath {
-        let shrink = 1.0 / (2.0 * layers as f64).sqrt();
-        let embedding = self.recipe.embedding_std;
-        TensorPath::random(self.seed, 1.0, device, Kind::Float).with_transform(Arc::new(
-            move |name: &str, t: Tensor| {
-                let shape = t.size();
-                let [_, input] = shape[..] else { return Ok(t) };
-                if name.ends_with("embed_tokens.weight") {
-                    return Ok(t * embedding);
-                }
-                let ends_branch = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-                let scale = (input as f64).powf(-0.5) * if ends_branch { shrink } else { 1.0 };
-                Ok(t * scale)
-            },
-        ))
     }
 
     /// The cost of a batch of texts: of what follows their first lines. Which texts ask for recall is nothing that could be
@@ -170,33 +131,14 @@ impl One<'_> {
 
     fn write(&self, decoder: &mut Decoder, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
         let dir = AtomicDir::create(out)?;
-        let (mut tensors, mut parameters) = (Vec::new(), 0);
-        decoder.visit_parameters(&mut |name, tensor| {
-            parameters += tensor.numel();
-            let stored = tensor.f_detach()?.f_to_kind(Kind::BFloat16)?;
-            // What is measured is what is stored.
-            *tensor = stored.f_to_kind(Kind::Float)?;
-            tensors.push((name.to_owned(), stored));
-            Ok(())
-        })?;
-        save(dir.path(), tensors, config, DEFAULT_SHARD_BYTES).map_err(nics_core::Error::from)?;
-        let problems: Vec<_> = problems(Split::Test, CARD_SEED, CARD_PROBLEMS).collect();
-        let right = right(decoder, &problems)?;
-        let training = json!({
-            "identity": self.identity,
-            "steps": summary.steps,
-            "target_tokens": summary.tokens,
-            "last": summary.last.as_ref().map(|row| json!({ "step": row.step, "loss": row.loss })),
-            "validation": summary.eval,
-        });
-        for (name, value) in [
+        let files = [
             ("tokenizer.json", files::tokenizer()),
             ("tokenizer_config.json", files::tokenizer_config()),
             ("generation_config.json", files::generation_config()),
-            ("training.json", training),
-        ] {
-            write_atomic(dir.path().join(name), format!("{value:#}\n"))?;
-        }
+        ];
+        let parameters = store(decoder, dir.path(), config, &files, &self.identity, summary)?;
+        let problems: Vec<_> = problems(Split::Test, CARD_SEED, CARD_PROBLEMS).collect();
+        let right = right(decoder, &problems)?;
         let weights_hash = Checkpoint::open_dir(dir.path()).and_then(|c| c.weights_hash());
         let card = Card {
             seed: self.seed,

@@ -1,23 +1,25 @@
 //! Training of the models of a recipe.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use nics_base::artefact::{AtomicDir, write_atomic};
 use nics_base::interrupt::Interrupt;
 use nics_core::cache::{DenseCache, NoCache};
-use nics_core::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, TensorPath, save};
+use nics_core::checkpoint::Checkpoint;
 use nics_core::generate::{Generator, Request, collect};
-use nics_core::models::{self, Batch, Decoder, Input, Model};
+use nics_core::models::{Batch, Decoder, Input, Model};
 use nics_core::seam::{Ragged, SeqId};
-use nics_core::train::{Hooks, IGNORED, Loss, Micro, Progress, Summary, Trainer, masked_cross_entropy};
+use nics_core::train::{
+    Hooks, IGNORED, Loss, Micro, Progress, Summary, Trainer, from_scratch, is_stored, masked_cross_entropy,
+    store,
+};
 use nics_datasets::word_problems::Split;
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::card::Card;
 use super::{ModelRecipe, RESPONSE_TOKENS, Recipe, RingTask, Role, files};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Problems of the test split on which a finished model is measured; its seed is kept for that.
 const CARD_PROBLEMS: usize = 1000;
@@ -49,7 +51,7 @@ pub fn train(
             let folder = out.join(&pair).join(role.name());
             let identity = json!({ "modulus": recipe.modulus, "seed": seed, "role": role, "model": model,
                 "validation": recipe.validation });
-            if is_done(&folder, &identity)? {
+            if is_stored(&folder, &identity)? {
                 continue;
             }
             let one = One { task: &task, model, role, seed, validation: recipe.validation, identity };
@@ -58,17 +60,6 @@ pub fn train(
         }
     }
     Ok(())
-}
-
-/// Whether a folder holds the model of this recipe.
-fn is_done(folder: &Path, identity: &Value) -> Result<bool> {
-    let path = folder.join("training.json");
-    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(false) };
-    let wrong = |e: serde_json::Error| Error::Damaged { path: path.clone(), reason: e.to_string() };
-    let known: Value = serde_json::from_str(&text).map_err(wrong)?;
-    // As it comes back from a file: numbers may lose their last bit on the way.
-    let expected: Value = serde_json::from_str(&identity.to_string()).map_err(wrong)?;
-    Ok(known["identity"] == expected)
 }
 
 struct One<'a> {
@@ -90,16 +81,7 @@ impl One<'_> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<()> {
         let config = files::config(self.task, &self.model.config);
-        let Value::Object(fields) = &config else { return Err(Error::Input("config is no object".into())) };
-        let decoder_config = models::config(fields)?;
-        let layers = decoder_config.layers;
-        let mut decoder = Decoder::load(decoder_config, &self.initial(layers, device))?;
-        let mut parameters = Vec::new();
-        decoder.visit_parameters(&mut |name, tensor| {
-            *tensor = tensor.f_detach()?.f_set_requires_grad(true)?;
-            parameters.push((name.to_owned(), tensor.shallow_clone()));
-            Ok(())
-        })?;
+        let (mut decoder, parameters) = from_scratch(&config, self.model.embedding_std, self.seed, device)?;
         let train = nics_core::train::TrainConfig { seed: self.seed, ..self.model.train.clone() };
         let mut trainer = Trainer::new(parameters, train, &self.identity, state)?;
         let mut evaluate = |_: u64| {
@@ -119,25 +101,6 @@ impl One<'_> {
         };
         let summary = trainer.run(&mut loss, hooks)?;
         self.write(&mut decoder, &config, &summary, out)
-    }
-
-    /// Weights drawn from the pair's seed: matrices with deviation `1 / sqrt(in)`, what ends a residual branch smaller by
-    /// `sqrt(2 layers)` (Radford et al., 2019).
-    fn initial(&self, layers: usize, device: Device) -> TensorPath {
-        let shrink = 1.0 / (2.0 * layers as f64).sqrt();
-        let embedding = self.model.embedding_std;
-        TensorPath::random(self.seed, 1.0, device, Kind::Float).with_transform(Arc::new(
-            move |name: &str, t: Tensor| {
-                let shape = t.size();
-                let [_, input] = shape[..] else { return Ok(t) };
-                if name.ends_with("embed_tokens.weight") {
-                    return Ok(t * embedding);
-                }
-                let ends_branch = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-                let scale = (input as f64).powf(-0.5) * if ends_branch { shrink } else { 1.0 };
-                Ok(t * scale)
-            },
-        ))
     }
 
     /// The cost of a batch of problems: of their responses alone.
@@ -168,32 +131,13 @@ impl One<'_> {
 
     fn write(&self, decoder: &mut Decoder, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
         let dir = AtomicDir::create(out)?;
-        let (mut tensors, mut parameters) = (Vec::new(), 0);
-        decoder.visit_parameters(&mut |name, tensor| {
-            parameters += tensor.numel();
-            let stored = tensor.f_detach()?.f_to_kind(Kind::BFloat16)?;
-            // What is measured is what is stored.
-            *tensor = stored.f_to_kind(Kind::Float)?;
-            tensors.push((name.to_owned(), stored));
-            Ok(())
-        })?;
-        save(dir.path(), tensors, config, DEFAULT_SHARD_BYTES)?;
-        let accuracy = accuracy(decoder, self.task, Split::Test, CARD_SEED, CARD_PROBLEMS)?;
-        let training = json!({
-            "identity": self.identity,
-            "steps": summary.steps,
-            "target_tokens": summary.tokens,
-            "last": summary.last.as_ref().map(|row| json!({ "step": row.step, "loss": row.loss })),
-            "validation": summary.eval,
-        });
-        for (name, value) in [
+        let files = [
             ("tokenizer.json", files::tokenizer(self.task)),
             ("tokenizer_config.json", files::tokenizer_config(self.task)),
             ("generation_config.json", files::generation_config(self.task)),
-            ("training.json", training),
-        ] {
-            write_atomic(dir.path().join(name), format!("{value:#}\n"))?;
-        }
+        ];
+        let parameters = store(decoder, dir.path(), config, &files, &self.identity, summary)?;
+        let accuracy = accuracy(decoder, self.task, Split::Test, CARD_SEED, CARD_PROBLEMS)?;
         let card = Card {
             task: self.task,
             role: self.role,
