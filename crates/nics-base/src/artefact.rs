@@ -1,8 +1,9 @@
 //! Files and folders that appear whole or not at all.
 //!
 //! A writer works in a hidden sibling (`.NAME.xxxxxx.tmp`), which is synced and then renamed over the target. A reader
-//! sees the old artefact or the new one, also after `kill -9` or a full disk. What a killed writer leaves behind is
-//! removed by a later writer of the same target once it is a day old.
+//! sees the old artefact or the new one, also after `kill -9` or a full disk. A writer holds a lock on its sibling, so what
+//! a killed one leaves behind is known, and removed by the next writer of the same target; where the file system has no
+//! locks, once it is a day old.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -10,11 +11,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
 use tempfile::{NamedTempFile, TempDir};
 
 use crate::error::{AtPath, Error, Result};
 
-/// A killed writer's leftovers are removed after this long; a live writer is assumed to touch its file more often.
+/// Without locks a killed writer's leftovers are removed after this long; a live writer is assumed to touch its file more
+/// often.
 const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Writes `bytes` to `path` so that `path` holds either what it held before or all of `bytes`.
@@ -38,8 +41,14 @@ impl AtomicFile {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (parent, prefix) = place(path)?;
-        let temp = named(&prefix).tempfile_in(&parent).at("create a temporary file beside", path)?;
-        Ok(Self { temp, path: path.to_owned() })
+        loop {
+            let temp = named(&prefix).tempfile_in(&parent).at("create a temporary file beside", path)?;
+            hold(temp.as_file());
+            // Whoever cleans up may have come between the two.
+            if temp.path().exists() {
+                return Ok(Self { temp, path: path.to_owned() });
+            }
+        }
     }
 
     /// The file being written, for writers that need a `File` (memory maps, `set_len`).
@@ -93,6 +102,8 @@ impl Lock {
 pub struct AtomicDir {
     temp: TempDir,
     path: PathBuf,
+    /// Says that the folder has a living writer.
+    _held: Option<File>,
 }
 
 impl AtomicDir {
@@ -100,8 +111,13 @@ impl AtomicDir {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (parent, prefix) = place(path)?;
-        let temp = named_dir(&prefix).tempdir_in(&parent).at("create a temporary folder beside", path)?;
-        Ok(Self { temp, path: path.to_owned() })
+        loop {
+            let temp = named_dir(&prefix).tempdir_in(&parent).at("create a temporary folder beside", path)?;
+            let held = File::open(temp.path()).ok().inspect(hold);
+            if temp.path().exists() {
+                return Ok(Self { temp, path: path.to_owned(), _held: held });
+            }
+        }
     }
 
     /// The folder to fill.
@@ -156,6 +172,25 @@ fn place(path: &Path) -> Result<(PathBuf, OsString)> {
     Ok((parent, prefix))
 }
 
+/// Says that a temporary has a living writer. File systems without locks go without.
+fn hold(temp: &File) {
+    let _ = flock(temp, FlockOperation::LockExclusive);
+}
+
+/// Whether the writer of a temporary is gone. The lock that this takes goes with the file that is returned: until then
+/// nobody else takes the temporary for abandoned, nor for their own.
+fn abandoned(temp: &Path, meta: &fs::Metadata) -> Option<File> {
+    let file = File::open(temp).ok()?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Some(file),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => None,
+        Err(_) => {
+            let age = meta.modified().ok()?.elapsed().ok()?;
+            (age > STALE).then_some(file)
+        }
+    }
+}
+
 /// Best effort: another process may be doing the same.
 fn remove_stale(parent: &Path, prefix: &OsString) {
     let Ok(entries) = fs::read_dir(parent) else { return };
@@ -166,9 +201,8 @@ fn remove_stale(parent: &Path, prefix: &OsString) {
             continue;
         }
         let Ok(meta) = entry.metadata() else { continue };
-        let age = meta.modified().ok().and_then(|t| t.elapsed().ok());
-        if age.is_some_and(|age| age > STALE) {
-            let path = entry.path();
+        let path = entry.path();
+        if let Some(_held) = abandoned(&path, &meta) {
             let _ = if meta.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
         }
     }
@@ -330,20 +364,34 @@ mod tests {
     }
 
     #[test]
-    fn leftovers_of_a_killed_writer_go_once_they_are_old() {
+    fn leftovers_of_a_killed_writer_go_and_those_of_a_living_one_stay() {
         let dir = tempfile::tempdir().unwrap();
-        let old = dir.path().join(".a.txt.k1ll3d.tmp");
-        let young = dir.path().join(".a.txt.alive1.tmp");
-        let other = dir.path().join(".b.txt.k1ll3d.tmp");
-        for p in [&old, &young, &other] {
-            fs::write(p, "half").unwrap();
+        let path = dir.path().join("a.txt");
+        let folder = dir.path().join("made");
+        for killed in [".a.txt.k1ll3d.tmp", ".b.txt.k1ll3d.tmp"] {
+            fs::write(dir.path().join(killed), "half").unwrap();
         }
-        let long_ago = std::time::SystemTime::now() - 2 * STALE;
-        for p in [&old, &other] {
-            File::options().write(true).open(p).unwrap().set_modified(long_ago).unwrap();
-        }
-        write_atomic(dir.path().join("a.txt"), "x").unwrap();
-        assert_eq!(names(dir.path()), [".a.txt.alive1.tmp", ".b.txt.k1ll3d.tmp", "a.txt"]);
+        fs::create_dir(dir.path().join(".made.k1ll3d.tmp")).unwrap();
+        fs::write(dir.path().join(".made.k1ll3d.tmp/x"), "half").unwrap();
+
+        let mut living = AtomicFile::create(&path).unwrap();
+        let living_folder = AtomicDir::create(&folder).unwrap();
+        fs::write(living_folder.path().join("x"), "whole").unwrap();
+        write_atomic(&path, "second").unwrap();
+        AtomicDir::create(&folder).unwrap().commit().unwrap();
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut expected =
+            vec![".b.txt.k1ll3d.tmp".to_owned(), name(living.temp_path()), name(living_folder.path())];
+        expected.extend(["a.txt", "made"].map(String::from));
+        expected.sort();
+        assert_eq!(names(dir.path()), expected);
+
+        living.write_all(b"first").unwrap();
+        living.commit().unwrap();
+        living_folder.commit().unwrap();
+        assert_eq!(fs::read_to_string(path).unwrap(), "first");
+        assert_eq!(fs::read_to_string(folder.join("x")).unwrap(), "whole");
+        assert_eq!(names(dir.path()), [".b.txt.k1ll3d.tmp", "a.txt", "made"]);
     }
 
     #[test]
