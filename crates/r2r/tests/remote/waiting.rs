@@ -99,16 +99,22 @@ fn reading_ahead_changes_no_token() {
     for engine in [Engine::Vllm, Engine::Sglang] {
         let mock = Mock::start(Persona::of(engine), large());
         let ahead = ReadAhead { prompt: true, window: Some(4) };
-        let large =
-            connect(engine, &mock.url, RemoteSettings { read_ahead: ahead, retries: 40, ..settings() });
         // Reading ahead that fails is nobody's concern, and other calls are made again.
         mock.script(|n| (n % 5 == 1).then_some(Fault::Status(500)));
         let small = small();
-        let mut decoder = Decoder::new(&small, Box::new(large), sometimes());
-        let found = run(&mut decoder, drawn(24));
-        assert_same(&found, &expected, engine.name());
-        let traffic = decoder.traffic().unwrap();
-        assert!(traffic.warm_calls >= 5 && traffic.failures == 0, "{traffic:?}");
+        let mut warm_calls = 0;
+        // How often there is time to read ahead depends on who waits for whom just then; over some rounds there is.
+        for _ in 0..4 {
+            let large =
+                connect(engine, &mock.url, RemoteSettings { read_ahead: ahead, retries: 40, ..settings() });
+            let mut decoder = Decoder::new(&small, Box::new(large), sometimes());
+            let found = run(&mut decoder, drawn(24));
+            assert_same(&found, &expected, engine.name());
+            let traffic = decoder.traffic().unwrap();
+            assert!(traffic.failures == 0, "{traffic:?}");
+            warm_calls += traffic.warm_calls;
+        }
+        assert!(warm_calls >= 5, "{warm_calls}");
     }
 }
 
