@@ -20,6 +20,18 @@ use crate::error::{AtPath, Error, Result};
 /// often.
 const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Where what can be fetched or made again is kept for all runs of this user: `$NICS_CACHE`, or `nics` in
+/// `$XDG_CACHE_HOME`, or `~/.cache/nics`; `None` when no variable says where.
+pub fn cache_dir() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let dir = match (set("NICS_CACHE"), set("XDG_CACHE_HOME"), set("HOME")) {
+        (Some(dir), _, _) => dir,
+        (_, Some(dir), _) => dir.join("nics"),
+        (_, _, home) => home?.join(".cache/nics"),
+    };
+    std::path::absolute(dir).ok()
+}
+
 /// Writes `bytes` to `path` so that `path` holds either what it held before or all of `bytes`.
 ///
 /// Missing parent folders are made.
