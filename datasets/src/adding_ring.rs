@@ -82,20 +82,27 @@ impl AddingRing {
 
     /// Token ids of a text of `lines` lines; at least 2 for [`Task::Recall`].
     pub fn ids(&self, task: Task, lines: usize) -> Vec<u32> {
-        let mut all = self.lines(lines);
-        if task == Task::Recall
-            && let Some(last) = all.last_mut()
-        {
-            *last = self.first;
+        match task {
+            Task::Ring => self.ids_recalling(lines, &[]),
+            Task::Recall => self.ids_recalling(lines, &[lines.saturating_sub(1)]),
         }
-        let mut ids: Vec<u32> = all
-            .iter()
-            .flat_map(|line| line.map(|digit| digit + ZERO_ID).into_iter().chain([SEPARATOR_ID]))
-            .collect();
-        if task == Task::Recall
-            && let Some(at) = ids.len().checked_sub(LINE_TOKENS + 1)
-        {
-            ids[at] = RECALL_ID;
+    }
+
+    /// Token ids of a text of `lines` lines, of which those in `places`, counted from 0, are the first one again, asked for
+    /// by the line before; the ring goes on from there. Line 0 is the first one anyway.
+    pub fn ids_recalling(&self, lines: usize, places: &[usize]) -> Vec<u32> {
+        let mut line = self.first;
+        let mut ids: Vec<u32> = Vec::with_capacity(lines * LINE_TOKENS);
+        for i in 0..lines {
+            if places.contains(&i) {
+                line = self.first;
+                if let Some(separator) = ids.last_mut() {
+                    *separator = RECALL_ID;
+                }
+            }
+            ids.extend(line.map(|digit| digit + ZERO_ID));
+            ids.push(SEPARATOR_ID);
+            line = next(line);
         }
         ids
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nics_datasets::adding_ring::{
-    DIGITS, LINE_TOKENS, LINES, MODULUS, TOKENS, Task, next, problem, problems, split, vocabulary,
+    DIGITS, LINE_TOKENS, LINES, MODULUS, RECALL_ID, TOKENS, Task, next, problem, problems, split, vocabulary,
 };
 use nics_datasets::word_problems::Split;
 
@@ -36,6 +36,22 @@ fn recall_differs_in_the_last_line_alone() {
             assert_eq!(recall[same + 1..], problem.prompt());
         }
     }
+}
+
+#[test]
+fn lines_may_be_recalled_at_any_place_and_the_ring_goes_on_from_there() {
+    let problem = problem(Split::Train, 5, 3);
+    for (first, second) in (1..LINES).flat_map(|a| (a + 1..LINES).map(move |b| (a, b))) {
+        let mut expected = Vec::new();
+        for lines in [first, second - first, LINES - second] {
+            expected.extend(problem.ids(Task::Ring, lines));
+            *expected.last_mut().unwrap() = RECALL_ID;
+        }
+        *expected.last_mut().unwrap() = problem.prompt()[DIGITS];
+        assert_eq!(problem.ids_recalling(LINES, &[second, first]), expected);
+    }
+    assert_eq!(problem.ids_recalling(LINES, &[LINES - 1]), problem.ids(Task::Recall, LINES));
+    assert_eq!(problem.ids_recalling(LINES, &[0, LINES]), problem.ids(Task::Ring, LINES));
 }
 
 #[test]

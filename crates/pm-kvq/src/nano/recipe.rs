@@ -17,8 +17,8 @@ pub struct Recipe {
     pub seeds: Vec<u64>,
     /// Texts of a batch.
     pub batch: usize,
-    /// Every so many-th text of a batch ends with its first line.
-    pub recall_every: usize,
+    /// Lines of a text that repeat its first one; short texts have room for fewer.
+    pub recalls: usize,
     /// Lines of the texts that training begins with.
     pub short_lines: usize,
     /// The share of the steps that has short texts.
@@ -52,10 +52,11 @@ impl Recipe {
         if seeds.is_empty() || seeds.len() != recipe.seeds.len() {
             return Err(format!("seeds is {:?}, expected different numbers", recipe.seeds));
         }
-        for (name, found) in [("batch", recipe.batch), ("recall_every", recipe.recall_every)] {
-            if found == 0 {
-                return Err(format!("{name} is 0, expected at least 1"));
-            }
+        if recipe.batch == 0 {
+            return Err("batch is 0, expected at least 1".into());
+        }
+        if recipe.recalls >= LINES {
+            return Err(format!("recalls is {}, expected less than {LINES}", recipe.recalls));
         }
         if !(2..=LINES).contains(&recipe.short_lines) {
             return Err(format!("short_lines is {}, expected 2 to {LINES}", recipe.short_lines));
@@ -68,6 +69,13 @@ impl Recipe {
         }
         recipe.train.validate().map_err(|e| format!("train: {e}"))?;
         Ok(recipe)
+    }
+
+    /// The lines of text `index` that repeat the first: evenly apart, beginning elsewhere in every text.
+    pub(super) fn places(&self, index: u64, lines: usize) -> Vec<usize> {
+        let places = lines - 1;
+        let recalls = self.recalls.min(places);
+        (0..recalls).map(|i| 1 + (index as usize + i * places / recalls) % places).collect()
     }
 
     /// Lines of the texts of a step, counted from 0.
@@ -88,10 +96,16 @@ mod tests {
             (recipe.lines_at(0), recipe.lines_at(recipe.train.steps - 1)),
             (recipe.short_lines, LINES)
         );
+        // Every line is recalled equally often.
+        let mut counts = [0; LINES];
+        for index in 0..14 {
+            recipe.places(index, LINES).into_iter().for_each(|place| counts[place] += 1);
+        }
+        assert_eq!((counts[0], &counts[1..]), (0, &[recipe.recalls; LINES - 1][..]));
         for (from, to, why) in [
             ("seeds = [0, 1, 2]", "seeds = [1, 1]", "different numbers"),
             ("batch = ", "batch = 0 # ", "batch is 0"),
-            ("recall_every = ", "recall_every = 0 # ", "recall_every is 0"),
+            ("recalls = ", "recalls = 15 # ", "recalls is 15"),
             ("short_lines = ", "short_lines = 1 # ", "short_lines is 1"),
             ("short_share = ", "short_share = 2.0 # ", "short_share is 2"),
             ("embedding_std = ", "embedding_std = 0.0 # ", "embedding_std is 0"),

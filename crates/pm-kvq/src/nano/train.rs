@@ -12,9 +12,7 @@ use nics_core::train::{
     Hooks, IGNORED, Loss, Micro, Progress, Summary, TrainConfig, TrainError, Trainer, from_scratch,
     is_stored, masked_cross_entropy, store,
 };
-use nics_datasets::adding_ring::{
-    AddingRing, DIGITS, LINE_TOKENS, RECALL_ID, TOKENS, Task, problem, problems,
-};
+use nics_datasets::adding_ring::{AddingRing, DIGITS, LINE_TOKENS, RECALL_ID, TOKENS, problem, problems};
 use nics_datasets::word_problems::Split;
 use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
@@ -87,20 +85,17 @@ impl One<'_> {
         self.write(&mut decoder, &config, &summary, out)
     }
 
-    /// The cost of a batch of texts: of what follows their first lines. Which texts ask for recall is nothing that could be
-    /// foreseen, so the word that asks is no target.
+    /// The cost of a batch of texts: of what follows their first lines. Texts ask for recall at every place in turn; where is
+    /// nothing that could be foreseen, so the word that asks is no target.
     fn loss(&self, model: &Decoder, micro: Micro) -> Result<Loss> {
         let lines = self.recipe.lines_at(micro.step);
         let tokens = lines * LINE_TOKENS;
         let batch = self.recipe.batch as u64;
         let (mut ids, mut labels) = (Vec::new(), Vec::new());
         for i in 0..batch {
-            let task = if (i + 1).is_multiple_of(self.recipe.recall_every as u64) {
-                Task::Recall
-            } else {
-                Task::Ring
-            };
-            let text = problem(Split::Train, micro.seed, micro.index * batch + i).ids(task, lines);
+            let index = micro.index * batch + i;
+            let places = self.recipe.places(index, lines);
+            let text = problem(Split::Train, micro.seed, index).ids_recalling(lines, &places);
             ids.extend(text.iter().map(|&id| i64::from(id)));
             labels.extend((1..=tokens).map(|i| match text.get(i) {
                 Some(&id) if i >= LINE_TOKENS && id != RECALL_ID => i64::from(id),
