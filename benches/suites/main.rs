@@ -4,6 +4,7 @@
 //! them alone. `cargo test` runs each in miniature. Which comparison is unfair, and how: README.md.
 
 mod attention;
+mod cached_step;
 mod decode;
 mod figure;
 mod gemv;

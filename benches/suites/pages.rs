@@ -17,6 +17,7 @@ use pm_kvq::shrink::{Shift, shrink_codes};
 use pm_kvq::{Bits, pack};
 use tch::{Device, Kind, Tensor};
 
+use crate::cached_step;
 use crate::figure::{Case, id};
 use crate::memory::{WORKING_SET, random};
 use crate::peers::libtorch::floats;
@@ -55,7 +56,7 @@ pub fn run(settings: &Settings) -> Result<()> {
             tell(settings, &halve(settings, from, tokens)?)?;
         }
     }
-    Ok(())
+    cached_step::run(settings)
 }
 
 const TOKENS: &str = "tokens";
