@@ -5,7 +5,8 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use nics_base::artefact::cache_dir;
 use serde::Deserialize;
 
 /// The workspace and the user's cache directory.
@@ -24,7 +25,8 @@ impl Workspace {
         let own = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
         let root = root.unwrap_or_else(|| Path::new(&own).join(".."));
         let root = root.canonicalize().with_context(|| format!("no workspace at {}", root.display()))?;
-        Ok(Self { root, cache: cache_dir()? })
+        let cache = cache_dir().context("no place for a cache: set HOME or NICS_CACHE")?;
+        Ok(Self { root, cache })
     }
 
     /// The link to libtorch that `.cargo/config.toml` names.
@@ -70,18 +72,6 @@ struct Manifest {
 #[derive(Deserialize)]
 struct Package {
     name: String,
-}
-
-/// `$NICS_CACHE`, or `nics` in `$XDG_CACHE_HOME`, or `~/.cache/nics`.
-fn cache_dir() -> Result<PathBuf> {
-    let set = |name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let dir = match (set("NICS_CACHE"), set("XDG_CACHE_HOME"), set("HOME")) {
-        (Some(dir), _, _) => dir,
-        (_, Some(dir), _) => dir.join("nics"),
-        (_, _, Some(home)) => home.join(".cache/nics"),
-        _ => bail!("no place for a cache: set HOME or NICS_CACHE"),
-    };
-    Ok(std::path::absolute(dir)?)
 }
 
 /// The first of `names` that is an executable file on `PATH` (or a path itself).
