@@ -83,8 +83,8 @@ struct Evaluate {
 
 /// Makes result rows out of the points of all models.
 ///
-/// Prints what the study shows and what it does not. With --check it fails unless PM-KVQ is ahead of RTN and KIVI at a peak
-/// budget of 2 bits on the ring, and shrinking page by page is at least as good as halving whole layers.
+/// Prints what the study shows and what it does not. With --check it fails unless PM-KVQ is ahead of RTN and KIVI at equal
+/// peak budget on the ring, and shrinking page by page is at least as good as halving whole layers.
 #[derive(Args)]
 struct Report {
     /// The study's settings (TOML)
