@@ -61,6 +61,8 @@ struct Arrival<'a> {
     new: &'a [i64],
     /// The layer's books with them.
     after: Ledger,
+    /// Whether every one of them fits the budget: after one that does not, a block may leave the window and make room.
+    fits: bool,
 }
 
 /// One layer of one sequence in figures.
@@ -210,13 +212,13 @@ impl PagedCache {
                 )));
             }
             let mut after = ledger.clone();
-            let fits = ledger.has_room(rules)
-                && (after.append(rules, new.len()) || self.exhausted != Exhausted::Error);
-            if !fits {
+            let has_room = ledger.has_room(rules);
+            let fits = after.append(rules, new.len());
+            if !has_room || !fits && self.exhausted == Exhausted::Error {
                 let (tokens, bits) = (ledger.tokens(), rules.floor);
                 return Err(Error::CacheExhausted { layer: at.layer, tokens, bits });
             }
-            arrivals.push(Arrival { s, from, new, after });
+            arrivals.push(Arrival { s, from, new, after, fits });
         }
         Ok(arrivals)
     }
@@ -225,14 +227,14 @@ impl PagedCache {
     fn commit(&mut self, at: &Site, arrivals: Vec<Arrival>, incoming: &Incoming) -> Vec<SeqId> {
         let rules = &self.rules[at.layer];
         let mut exhausted = Vec::new();
-        for Arrival { s, from, new, after } in arrivals {
+        for Arrival { s, from, new, after, fits } in arrivals {
             let Some(sequence) = self.sequences.get_mut(&s) else { continue };
             let layer = &mut sequence.layers[at.layer];
             let rows = incoming.rows(from, new.len());
             layer.store.append(&mut self.pools, &self.layout, &layer.ledger, &after, rows);
             layer.positions.extend(new);
             layer.ledger = after;
-            if self.exhausted != Exhausted::Error && !layer.ledger.has_room(rules) {
+            if self.exhausted != Exhausted::Error && !(fits && layer.ledger.has_room(rules)) {
                 exhausted.push(s);
             }
         }

@@ -95,7 +95,8 @@ fn soak(time: Duration, sequences: usize, seed: u64) {
 
 #[test]
 fn sequences_come_and_go() {
-    soak(Duration::ZERO, 60, 0);
+    // With seed 1 a call crosses the end of a budget, to where a block has left the window.
+    (0..2).for_each(|seed| soak(Duration::ZERO, 60, seed));
 }
 
 #[test]
