@@ -3,6 +3,7 @@
 use crate::checkpoint::CheckpointError;
 use crate::template::TemplateError;
 use crate::tokenizer::TokenizerError;
+use crate::vision::VisionError;
 
 /// Result of the core's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -20,6 +21,9 @@ pub enum Error {
     /// A chat template is malformed or refuses the conversation.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// An image, a video or their place in a prompt is not what a model can see.
+    #[error(transparent)]
+    Vision(#[from] VisionError),
     /// A caller handed over something that the operation does not take: shape, range or combination.
     #[error("{0}")]
     Input(String),

@@ -29,7 +29,7 @@ use tch::Tensor;
 
 pub use many::{collect, run, score};
 
-use crate::models::Model;
+use crate::models::{Embedded, Model};
 use crate::sampling::{Sampler, Sampling};
 use crate::seam::{KvCache, LayerHook, SeqId};
 use crate::{Error, Result};
@@ -41,6 +41,8 @@ pub enum Prompt {
     Ids(Vec<u32>),
     /// Embeddings, `[rows, hidden]`: the repetition penalty then sees generated tokens alone.
     Embeds(Tensor),
+    /// A prompt with images or videos, as [`Vlm::embed_prompt`](crate::models::Vlm::embed_prompt) makes it.
+    Embedded(Embedded),
 }
 
 impl Prompt {
@@ -48,6 +50,34 @@ impl Prompt {
         match self {
             Self::Ids(ids) => ids.len(),
             Self::Embeds(x) => x.size().first().map_or(0, |&n| n as usize),
+            Self::Embedded(prompt) => prompt.ids.len(),
+        }
+    }
+
+    /// Its ids, as far as they are known.
+    fn ids(&self) -> &[u32] {
+        match self {
+            Self::Ids(ids) => ids,
+            Self::Embeds(_) => &[],
+            Self::Embedded(prompt) => &prompt.ids,
+        }
+    }
+
+    /// Its embeddings, where they are given.
+    fn embeddings(&self) -> Option<&Tensor> {
+        match self {
+            Self::Ids(_) => None,
+            Self::Embeds(x) | Self::Embedded(Embedded { embeddings: x, .. }) => Some(x),
+        }
+    }
+
+    /// Where the row at `position` is in time, height and width: in the prompt or behind it.
+    fn plane(&self, position: usize) -> [i64; 3] {
+        match self {
+            Self::Embedded(Embedded { rotary: Some(rotary), .. }) => {
+                rotary.planes.get(position).copied().unwrap_or([position as i64 + rotary.delta; 3])
+            }
+            _ => [position as i64; 3],
         }
     }
 }
@@ -121,7 +151,7 @@ pub struct Released {
     pub request: RequestId,
     /// Its name in the cache.
     pub seq: SeqId,
-    /// The id of every row that the cache holds; `None` when the prompt was embeddings. The last token that was written
+    /// The id of every row that the cache holds; `None` when rows of the prompt were not just their ids. The last token that was written
     /// has no row.
     pub ids: Option<Vec<u32>>,
 }
@@ -253,16 +283,17 @@ impl<'a> Generator<'a> {
             });
         }
         let (vocab, hidden) = (self.model.dims().vocab, self.model.dims().hidden);
-        match &request.prompt {
-            Prompt::Ids(ids) => {
+        match request.prompt.embeddings() {
+            None => {
+                let ids = request.prompt.ids();
                 if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= vocab) {
                     return Err(Error::Input(format!(
                         "prompt token {id} is outside the vocabulary of {vocab}"
                     )));
                 }
             }
-            Prompt::Embeds(x) if x.size() == [len as i64, hidden] => {}
-            Prompt::Embeds(x) => {
+            Some(x) if x.size() == [len as i64, hidden] => {}
+            Some(x) => {
                 return Err(Error::Input(format!(
                     "the prompt's embeddings are of shape {:?}, expected [rows, {hidden}]",
                     x.size()
@@ -304,11 +335,7 @@ impl<'a> Generator<'a> {
     }
 
     fn take_in(&mut self, request: Request, room: usize, seq: SeqId, read: usize) -> Result<RequestId> {
-        let ids: &[u32] = match &request.prompt {
-            Prompt::Ids(ids) => ids,
-            Prompt::Embeds(_) => &[],
-        };
-        let sampler = Sampler::new(request.sampling, ids)?;
+        let sampler = Sampler::new(request.sampling, request.prompt.ids())?;
         let limit = room - request.prompt.len();
         let finish_at_limit = if limit == request.max_new_tokens { Finish::Length } else { Finish::Context };
         let id = RequestId(self.next);
@@ -365,7 +392,7 @@ impl<'a> Generator<'a> {
                 ids.truncate(r.position);
                 Some(ids)
             }
-            Prompt::Embeds(_) => None,
+            Prompt::Embeds(_) | Prompt::Embedded(_) => None,
         };
         Some(Released { request: id, seq: r.seq, ids })
     }

@@ -9,7 +9,8 @@
 //! | [`nn`] | building blocks: linear, norms, rotary tables |
 //! | [`seam`] | `Projection`, `KvCache`, `LayerHook`: where methods plug in |
 //! | [`cache`] | the dense ragged cache and the differentiable `NoCache` |
-//! | [`models`] | the decoder families: Llama, Qwen2, Qwen3 |
+//! | [`models`] | the families: Llama, Qwen2, Qwen3, InternLM2; LLaVA, Qwen2-VL, InternVL2 with their towers |
+//! | [`vision`] | images and videos: decoding, resizing, each family's preparation, places among the tokens |
 //! | [`sampling`], [`generate`] | logits processors and step-wise ragged generation |
 //! | `server` | OpenAI's API over an engine (feature `server`) |
 //! | [`train`] | training loop of small models with exact resume |
@@ -36,6 +37,7 @@ pub mod template;
 pub mod text;
 pub mod tokenizer;
 pub mod train;
+pub mod vision;
 
 pub use error::{Error, Result};
 pub use nics_base as base;

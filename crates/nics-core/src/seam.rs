@@ -19,11 +19,12 @@ use crate::{Error, Result};
 pub struct SeqId(pub u64);
 
 /// Whose rows a `[rows, ..]` tensor holds: sequence after sequence, oldest row first.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ragged {
     seqs: Vec<SeqId>,
     lens: Vec<usize>,
     positions: Vec<i64>,
+    planes: Option<Vec<[i64; 3]>>,
 }
 
 impl Ragged {
@@ -32,7 +33,7 @@ impl Ragged {
         let seqs = rows.iter().map(|(s, _)| *s).collect();
         let lens = rows.iter().map(|(_, p)| p.len()).collect();
         let positions = rows.into_iter().flat_map(|(_, p)| p).collect();
-        Self { seqs, lens, positions }
+        Self { seqs, lens, positions, planes: None }
     }
 
     /// Sequences whose `len` rows are at `start`, `start + 1`, …
@@ -40,6 +41,28 @@ impl Ragged {
         Self::new(
             rows.iter().map(|&(s, start, len)| (s, (start as i64..(start + len) as i64).collect())).collect(),
         )
+    }
+
+    /// The same rows with their positions in time, height and width, by which a model with such rotary embeddings turns
+    /// queries and keys. What a cache counts remain the [positions](Self::positions) in the sequence.
+    ///
+    /// # Errors
+    /// `Error::Input` for another number of rows.
+    pub fn with_planes(mut self, planes: Vec<[i64; 3]>) -> Result<Self> {
+        if planes.len() != self.len() {
+            return Err(Error::Input(format!(
+                "{} positions in time, height and width for {} rows",
+                planes.len(),
+                self.len()
+            )));
+        }
+        self.planes = Some(planes);
+        Ok(self)
+    }
+
+    /// Position of each row in time, height and width, where they are not just the positions.
+    pub fn planes(&self) -> Option<&[[i64; 3]]> {
+        self.planes.as_deref()
     }
 
     /// The sequences, in the order of their rows.

@@ -61,7 +61,7 @@ fn fixtures() -> Vec<Fixture> {
         .into_iter()
         .filter(|dir| {
             let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-            let others = ["sampling", "templates", "__pycache__"];
+            let others = ["sampling", "templates", "vision", "__pycache__"];
             assert!(
                 dir.join("cases.json").exists() || others.contains(&name.as_str()),
                 "no test knows the folder {name}"

@@ -27,6 +27,7 @@ pub struct TensorPath {
     kind: Kind,
     because: Arc<str>,
     transform: Option<Arc<Transform>>,
+    renames: &'static [(&'static str, &'static str)],
 }
 
 impl TensorPath {
@@ -60,7 +61,7 @@ impl TensorPath {
 
     fn new(origin: Origin, device: Device, kind: Kind) -> Self {
         let source = Source::new(origin);
-        Self { source, path: String::new(), device, kind, because: "".into(), transform: None }
+        Self { source, path: String::new(), device, kind, because: "".into(), transform: None, renames: &[] }
     }
 
     /// The place `name` under this one; parts are joined with `.` and an empty name is this place.
@@ -88,6 +89,12 @@ impl TensorPath {
         Self { transform: Some(transform), ..self.clone() }
     }
 
+    /// The same place for files whose tensors may have other names. A name that is not there is looked for with the
+    /// first prefix of a pair replaced by the second, pair by pair in order; messages keep the model's own name.
+    pub fn renamed(&self, renames: &'static [(&'static str, &'static str)]) -> Self {
+        Self { renames, ..self.clone() }
+    }
+
     /// The tensor `name` under this place, of the given shape, as [`kind`](Self::kind) on [`device`](Self::device).
     ///
     /// bfloat16, float16, float32 and float64 are converted into each other. The result owns its memory.
@@ -97,7 +104,7 @@ impl TensorPath {
 
     /// As [`tensor`](Self::tensor), with a dtype of its own. Integer dtypes are read from integer tensors only.
     pub fn tensor_as(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor, CheckpointError> {
-        let key = self.full(name);
+        let key = self.stored_name(name);
         self.source.mark(&key);
         if let Some(found) = self.source.shape(&key)
             && found != shape
@@ -123,7 +130,7 @@ impl TensorPath {
     /// For formats that describe themselves (packed weights, fixtures): neither transforms nor the check for values that
     /// are not finite apply. The random initialiser stores nothing.
     pub fn stored(&self, name: &str) -> Result<Tensor, CheckpointError> {
-        let key = self.full(name);
+        let key = self.stored_name(name);
         self.source.mark(&key);
         self.source.read_stored(&key, self.device)?.ok_or_else(|| self.missing(key))
     }
@@ -135,7 +142,7 @@ impl TensorPath {
 
     /// The shape of the tensor `name` under this place; the random initialiser has any shape and returns `None`.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        self.source.shape(&self.full(name))
+        self.source.shape(&self.stored_name(name))
     }
 
     /// Names under this place that nobody asked for, so that a model can refuse or report what it does not know.
@@ -156,7 +163,7 @@ impl TensorPath {
 
     /// Counts the tensor `name` under this place as read: the model knows it and does without.
     pub fn skip(&self, name: &str) {
-        self.source.mark(&self.full(name));
+        self.source.mark(&self.stored_name(name));
     }
 
     /// The full name of this place; empty for the root.
@@ -172,6 +179,19 @@ impl TensorPath {
     /// The dtype that [`tensor`](Self::tensor) gives.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The name under which the files have the tensor `name` of this place; its full name when they have it under none.
+    pub fn stored_name(&self, name: &str) -> String {
+        let full = self.full(name);
+        if self.renames.is_empty() || self.source.shape(&full).is_some() {
+            return full;
+        }
+        let renamed = self
+            .renames
+            .iter()
+            .filter_map(|(own, theirs)| full.strip_prefix(own).map(|rest| format!("{theirs}{rest}")));
+        renamed.into_iter().find(|name| self.source.shape(name).is_some()).unwrap_or(full)
     }
 
     fn full(&self, name: &str) -> String {

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{Finish, Generator, Prompt, RequestId, Running, Step, Token};
-use crate::models::{Batch, Input, Output};
+use crate::models::{Batch, Embedded, Input, Output};
 use crate::nn::memory::values;
 use crate::seam::{LayerHook, Ragged, SeqId};
 use crate::{Error, Result};
@@ -27,7 +27,7 @@ impl Running {
     fn is_single(&self) -> bool {
         match self.prompt {
             Prompt::Ids(_) => self.unread() <= 1,
-            Prompt::Embeds(_) => self.unread() == 0,
+            Prompt::Embeds(_) | Prompt::Embedded(_) => self.unread() == 0,
         }
     }
 }
@@ -114,7 +114,16 @@ impl Generator<'_> {
     fn call(&mut self, parts: &[Part]) -> Result<Output> {
         let rows: Vec<(SeqId, usize, usize)> =
             parts.iter().map(|&(i, rows)| (self.running[i].seq, self.running[i].position, rows)).collect();
-        let result = self.forward(parts, Ragged::contiguous(&rows));
+        let mut ragged = Ragged::contiguous(&rows);
+        let turns = |p: &Prompt| matches!(p, Prompt::Embedded(Embedded { rotary: Some(_), .. }));
+        if parts.iter().any(|&(i, _)| turns(&self.running[i].prompt)) {
+            let planes = parts.iter().flat_map(|&(i, rows)| {
+                let r = &self.running[i];
+                (r.position..r.position + rows).map(|position| r.prompt.plane(position))
+            });
+            ragged = ragged.with_planes(planes.collect())?;
+        }
+        let result = self.forward(parts, ragged);
         if result.is_err() {
             // Some layers may have kept the rows: back to where every layer was.
             for (seq, start, _) in rows {
@@ -136,7 +145,7 @@ impl Generator<'_> {
                 Prompt::Ids(prompt) => {
                     ids.extend(prompt[r.read..r.read + rows].iter().map(|&id| i64::from(id)));
                 }
-                Prompt::Embeds(x) => {
+                Prompt::Embeds(x) | Prompt::Embedded(Embedded { embeddings: x, .. }) => {
                     if !ids.is_empty() {
                         embedded.push(self.model.embed(&tensor(&ids)?)?);
                         ids.clear();

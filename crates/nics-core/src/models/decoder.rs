@@ -82,6 +82,44 @@ pub struct Family {
     pub qk_norm: bool,
     /// Sliding window of each layer, in tokens.
     pub windows: Vec<Option<usize>>,
+    /// What the checkpoint calls the parts.
+    pub names: &'static Names,
+}
+
+/// What a family's checkpoints call the parts of the decoder.
+#[derive(Debug, PartialEq)]
+pub struct Names {
+    /// The embedding table, under `model`.
+    pub embed_tokens: &'static str,
+    /// Attention, in a layer.
+    pub self_attn: &'static str,
+    /// Queries, keys and values in one projection, in attention: each key/value head's group of query heads, then its key,
+    /// then its value. `None` where `q_proj`, `k_proj` and `v_proj` stand apart.
+    pub wqkv: Option<&'static str>,
+    /// The output projection, in attention.
+    pub o_proj: &'static str,
+    /// The MLP, in a layer.
+    pub mlp: &'static str,
+    /// Gate, up and down projections, in the MLP.
+    pub gate_up_down: [&'static str; 3],
+    /// The norms before attention and before the MLP, in a layer.
+    pub norms: [&'static str; 2],
+    /// The head, beside `model`.
+    pub lm_head: &'static str,
+}
+
+impl Names {
+    /// The names of transformers' Llama, which most families share.
+    pub const LLAMA: Self = Self {
+        embed_tokens: "embed_tokens",
+        self_attn: "self_attn",
+        wqkv: None,
+        o_proj: "o_proj",
+        mlp: "mlp",
+        gate_up_down: ["gate_proj", "up_proj", "down_proj"],
+        norms: ["input_layernorm", "post_attention_layernorm"],
+        lm_head: "lm_head",
+    };
 }
 
 /// The fields of config.json that the families share, under transformers' names and with its defaults.
@@ -259,14 +297,25 @@ impl RawConfig {
     }
 }
 
+/// The projections to queries, keys and values.
+pub enum Qkv {
+    /// One for each.
+    Apart {
+        /// `[heads * head_dim, hidden]`.
+        q_proj: Box<dyn Projection>,
+        /// `[kv_heads * head_dim, hidden]`.
+        k_proj: Box<dyn Projection>,
+        /// `[kv_heads * head_dim, hidden]`.
+        v_proj: Box<dyn Projection>,
+    },
+    /// One for all, `[kv_heads * (heads / kv_heads + 2) * head_dim, hidden]`; see [`Names::wqkv`].
+    Fused(Box<dyn Projection>),
+}
+
 /// Grouped-query self-attention.
 pub struct Attention {
-    /// `[heads * head_dim, hidden]`.
-    pub q_proj: Box<dyn Projection>,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub k_proj: Box<dyn Projection>,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub v_proj: Box<dyn Projection>,
+    /// To queries, keys and values.
+    pub qkv_proj: Qkv,
     /// `[hidden, heads * head_dim]`.
     pub o_proj: Box<dyn Projection>,
     /// Norm over each head of the queries (Qwen3).
@@ -290,11 +339,17 @@ impl Attention {
             Ok(Some(RmsNorm::load(&at.at(name), c.head_dim, c.norm_eps)?))
         };
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let (names, bias) = (c.family.names, c.family.qkv_bias);
         Ok(Self {
-            q_proj: linear("q_proj", c.hidden, q, c.family.qkv_bias)?,
-            k_proj: linear("k_proj", c.hidden, kv, c.family.qkv_bias)?,
-            v_proj: linear("v_proj", c.hidden, kv, c.family.qkv_bias)?,
-            o_proj: linear("o_proj", q, c.hidden, c.family.o_bias)?,
+            qkv_proj: match names.wqkv {
+                Some(name) => Qkv::Fused(linear(name, c.hidden, q + 2 * kv, bias)?),
+                None => Qkv::Apart {
+                    q_proj: linear("q_proj", c.hidden, q, bias)?,
+                    k_proj: linear("k_proj", c.hidden, kv, bias)?,
+                    v_proj: linear("v_proj", c.hidden, kv, bias)?,
+                },
+            },
+            o_proj: linear(names.o_proj, q, c.hidden, c.family.o_bias)?,
             q_norm: norm("q_norm")?,
             k_norm: norm("k_norm")?,
             heads: c.heads,
@@ -306,13 +361,25 @@ impl Attention {
     /// Unrotated queries `[rows, heads, d]`, keys and values `[rows, kv_heads, d]` of normed rows `[rows, hidden]`.
     pub fn qkv(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let rows = x.size2()?.0;
-        let mut qkv = self.q_proj.forward_many(&[&*self.k_proj, &*self.v_proj], x)?.into_iter();
-        let mut next = |heads: i64| -> Result<Tensor> {
-            let t =
-                qkv.next().ok_or_else(|| Error::input("forward_many gave fewer results than projections"))?;
-            Ok(t.f_view([rows, heads, self.head_dim])?)
+        let (mut q, mut k, v) = match &self.qkv_proj {
+            Qkv::Apart { q_proj, k_proj, v_proj } => {
+                let mut qkv = q_proj.forward_many(&[&**k_proj, &**v_proj], x)?.into_iter();
+                let mut next = |heads: i64| -> Result<Tensor> {
+                    let t = qkv
+                        .next()
+                        .ok_or_else(|| Error::input("forward_many gave fewer results than projections"))?;
+                    Ok(t.f_view([rows, heads, self.head_dim])?)
+                };
+                (next(self.heads)?, next(self.kv_heads)?, next(self.kv_heads)?)
+            }
+            Qkv::Fused(wqkv) => {
+                let group = self.heads / self.kv_heads;
+                // [rows, kv_heads, group of queries + key + value, d]
+                let qkv = wqkv.forward(x)?.f_view([rows, self.kv_heads, group + 2, self.head_dim])?;
+                let q = qkv.f_narrow(2, 0, group)?.f_reshape([rows, self.heads, self.head_dim])?;
+                (q, qkv.f_select(2, group)?.f_contiguous()?, qkv.f_select(2, group + 1)?.f_contiguous()?)
+            }
         };
-        let (mut q, mut k, v) = (next(self.heads)?, next(self.kv_heads)?, next(self.kv_heads)?);
         if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -344,10 +411,11 @@ impl Mlp {
         let linear = |name: &str, input, output| -> Result<Box<dyn Projection>> {
             Ok(Box::new(Linear::load(&at.at(name), input, output, c.family.mlp_bias)?))
         };
+        let [gate, up, down] = c.family.names.gate_up_down;
         Ok(Self {
-            gate_proj: linear("gate_proj", c.hidden, c.intermediate)?,
-            up_proj: linear("up_proj", c.hidden, c.intermediate)?,
-            down_proj: linear("down_proj", c.intermediate, c.hidden)?,
+            gate_proj: linear(gate, c.hidden, c.intermediate)?,
+            up_proj: linear(up, c.hidden, c.intermediate)?,
+            down_proj: linear(down, c.intermediate, c.hidden)?,
         })
     }
 
@@ -398,15 +466,13 @@ pub struct DecoderLayer {
 
 impl DecoderLayer {
     fn load(at: &TensorPath, c: &DecoderConfig, layer: usize) -> Result<Self> {
+        let names = c.family.names;
+        let [before_attention, before_mlp] = names.norms;
         Ok(Self {
-            input_layernorm: RmsNorm::load(&at.at("input_layernorm"), c.hidden, c.norm_eps)?,
-            self_attn: Attention::load(&at.at("self_attn"), c)?,
-            post_attention_layernorm: RmsNorm::load(
-                &at.at("post_attention_layernorm"),
-                c.hidden,
-                c.norm_eps,
-            )?,
-            mlp: Mlp::load(&at.at("mlp"), c)?,
+            input_layernorm: RmsNorm::load(&at.at(before_attention), c.hidden, c.norm_eps)?,
+            self_attn: Attention::load(&at.at(names.self_attn), c)?,
+            post_attention_layernorm: RmsNorm::load(&at.at(before_mlp), c.hidden, c.norm_eps)?,
+            mlp: Mlp::load(&at.at(names.mlp), c)?,
             window: c.family.windows[layer],
         })
     }
@@ -437,11 +503,12 @@ impl Decoder {
             c.hidden, c.intermediate, c.layers, c.heads, c.kv_heads, c.head_dim, c.vocab
         ));
         let model = at.at("model");
-        let embed_tokens = model.at("embed_tokens").tensor("weight", &[c.vocab, c.hidden])?;
+        let names = c.family.names;
+        let embed_tokens = model.at(names.embed_tokens).tensor("weight", &[c.vocab, c.hidden])?;
         let lm_head: Box<dyn Projection> = if c.tied {
             Box::new(Linear::new(embed_tokens.shallow_clone(), None))
         } else {
-            Box::new(Linear::load(&at.at("lm_head"), c.hidden, c.vocab, false)?)
+            Box::new(Linear::load(&at.at(names.lm_head), c.hidden, c.vocab, false)?)
         };
         let layers = (0..c.layers)
             .map(|l| DecoderLayer::load(&model.at("layers").at(l), c, l))
@@ -550,25 +617,28 @@ impl Model for Decoder {
     }
 
     fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()> {
+        let names = self.config.family.names;
         for (l, layer) in self.layers.iter_mut().enumerate() {
-            for (name, projection) in layer.projections() {
+            for (name, projection) in layer.projections(names) {
                 f(&format!("model.layers.{l}.{name}"), projection)?;
             }
         }
-        f("lm_head", &mut self.lm_head)
+        f(names.lm_head, &mut self.lm_head)
     }
 
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
-        f("model.embed_tokens.weight", &mut self.embed_tokens)?;
+        let names = self.config.family.names;
+        let [before_attention, before_mlp] = names.norms;
+        f(&format!("model.{}.weight", names.embed_tokens), &mut self.embed_tokens)?;
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let at = format!("model.layers.{l}");
-            f(&format!("{at}.input_layernorm.weight"), &mut layer.input_layernorm.weight)?;
-            f(&format!("{at}.post_attention_layernorm.weight"), &mut layer.post_attention_layernorm.weight)?;
+            f(&format!("{at}.{before_attention}.weight"), &mut layer.input_layernorm.weight)?;
+            f(&format!("{at}.{before_mlp}.weight"), &mut layer.post_attention_layernorm.weight)?;
             if let (Some(q), Some(k)) = (&mut layer.self_attn.q_norm, &mut layer.self_attn.k_norm) {
-                f(&format!("{at}.self_attn.q_norm.weight"), &mut q.weight)?;
-                f(&format!("{at}.self_attn.k_norm.weight"), &mut k.weight)?;
+                f(&format!("{at}.{}.q_norm.weight", names.self_attn), &mut q.weight)?;
+                f(&format!("{at}.{}.k_norm.weight", names.self_attn), &mut k.weight)?;
             }
-            for (name, projection) in layer.projections() {
+            for (name, projection) in layer.projections(names) {
                 for (parameter, tensor) in projection.parameters() {
                     f(&format!("{at}.{name}.{parameter}"), tensor)?;
                 }
@@ -577,7 +647,7 @@ impl Model for Decoder {
         f("model.norm.weight", &mut self.norm.weight)?;
         if !self.config.tied {
             for (parameter, tensor) in self.lm_head.parameters() {
-                f(&format!("lm_head.{parameter}"), tensor)?;
+                f(&format!("{}.{parameter}", names.lm_head), tensor)?;
             }
         }
         Ok(())
@@ -585,17 +655,24 @@ impl Model for Decoder {
 }
 
 impl DecoderLayer {
-    fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 7] {
+    /// The projections by their names below the layer.
+    fn projections(&mut self, names: &Names) -> Vec<(String, &mut Box<dyn Projection>)> {
         let (a, m) = (&mut self.self_attn, &mut self.mlp);
-        [
-            ("self_attn.q_proj", &mut a.q_proj),
-            ("self_attn.k_proj", &mut a.k_proj),
-            ("self_attn.v_proj", &mut a.v_proj),
-            ("self_attn.o_proj", &mut a.o_proj),
-            ("mlp.gate_proj", &mut m.gate_proj),
-            ("mlp.up_proj", &mut m.up_proj),
-            ("mlp.down_proj", &mut m.down_proj),
-        ]
+        let mut attention = match &mut a.qkv_proj {
+            Qkv::Apart { q_proj, k_proj, v_proj } => {
+                vec![("q_proj", q_proj), ("k_proj", k_proj), ("v_proj", v_proj)]
+            }
+            Qkv::Fused(wqkv) => vec![(names.wqkv.unwrap_or("wqkv"), wqkv)],
+        };
+        attention.push((names.o_proj, &mut a.o_proj));
+        let [gate, up, down] = names.gate_up_down;
+        let mlp = [(gate, &mut m.gate_proj), (up, &mut m.up_proj), (down, &mut m.down_proj)];
+        let named = |part: &'static str| move |(name, p)| (format!("{part}.{name}"), p);
+        attention
+            .into_iter()
+            .map(named(names.self_attn))
+            .chain(mlp.into_iter().map(named(names.mlp)))
+            .collect()
     }
 }
 
@@ -628,7 +705,11 @@ fn reduce(
         return Err(refused("keeps no row at all".into()));
     }
     *rope = rope.select(&Tensor::f_from_slice(&kept_rows)?.f_to_device(x.device())?)?;
+    let planes = rows.planes().map(|all| kept_rows.iter().map(|&row| all[row as usize]).collect());
     *rows = Ragged::new(next);
+    if let Some(planes) = planes {
+        *rows = std::mem::take(rows).with_planes(planes)?;
+    }
     *x = reduced.x;
     Ok(())
 }

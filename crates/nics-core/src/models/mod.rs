@@ -1,19 +1,36 @@
 //! Model families. One family is one file to be read beside transformers' `modeling_<family>.py`.
 //!
 //! The decoders of Llama, Qwen2 and Qwen3 are one stack of layers, in [`decoder`]; [`llama`], [`qwen2`] and [`qwen3`]
-//! read their configuration and say in what their layer differs. A checkpoint's key is the path through the structs:
-//! `model.layers.3.self_attn.q_proj.weight` is `decoder.layers[3].self_attn.q_proj`.
+//! read their configuration and say in what their layer differs, as does [`internlm2`]. A checkpoint's key is the path
+//! through the structs: `model.layers.3.self_attn.q_proj.weight` is `decoder.layers[3].self_attn.q_proj`.
+//!
+//! Models that see are a decoder with a tower and a projector in front ([`multimodal`]): [`llava`] on [`clip`],
+//! [`llava_onevision`] on [`siglip`], [`qwen2_vl`], [`qwen2_5_vl`], [`internvl2`].
 
+pub mod clip;
 pub mod decoder;
+pub mod internlm2;
+pub mod internvl2;
 pub mod llama;
+pub mod llava;
+pub mod llava_onevision;
+pub mod multimodal;
 pub mod qwen2;
+pub mod qwen2_5_vl;
+pub mod qwen2_vl;
 pub mod qwen3;
 mod read;
+pub mod siglip;
+pub mod vit;
 
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 pub use decoder::{Decoder, DecoderConfig};
+pub use multimodal::{
+    Embedded, Positions, RotaryPositions, VLM_ARCHITECTURES, Vision, Vlm, load_vlm, load_vlm_at,
+    vlm_architecture,
+};
 pub use read::{NewTokens, read, read_last};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorPath};
@@ -143,7 +160,8 @@ pub fn parameters(model: &mut dyn Model) -> Result<usize> {
 }
 
 /// Architectures that this crate reads, as `architectures[0]` of config.json names them.
-pub const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+pub const ARCHITECTURES: [&str; 4] =
+    ["InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
 
 /// The configuration of a decoder, from the contents of a config.json.
 ///
@@ -157,6 +175,7 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         .and_then(Value::as_str)
         .ok_or_else(|| Error::Config("`architectures` is missing or empty".into()))?;
     match architecture {
+        "InternLM2ForCausalLM" => internlm2::config(json),
         "LlamaForCausalLM" => llama::config(json),
         "Qwen2ForCausalLM" => qwen2::config(json),
         "Qwen3ForCausalLM" => qwen3::config(json),
@@ -164,6 +183,33 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
             Err(Error::UnsupportedArchitecture { found: other.to_owned(), known: ARCHITECTURES.join(", ") })
         }
     }
+}
+
+/// The configuration of a decoder that is a part of another model and says its `model_type` alone. Absent fields are
+/// transformers' defaults, since its files leave them out.
+fn config_of_type(model_type: &str, json: &Map<String, Value>) -> Result<DecoderConfig> {
+    type Read = fn(&Map<String, Value>) -> Result<DecoderConfig>;
+    let (read, defaults): (Read, Value) = match model_type {
+        "llama" => (
+            llama::config,
+            serde_json::json!({"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "vocab_size": 32000}),
+        ),
+        "qwen2" | "qwen2_vl" | "qwen2_vl_text" | "qwen2_5_vl" | "qwen2_5_vl_text" => {
+            (qwen2::config, serde_json::json!({"max_position_embeddings": 32768}))
+        }
+        "qwen3" => (qwen3::config, serde_json::json!({})),
+        "internlm2" => (internlm2::config, serde_json::json!({})),
+        other => {
+            let known = "internlm2, llama, qwen2, qwen2_vl, qwen2_5_vl, qwen3".to_owned();
+            return Err(Error::UnsupportedArchitecture { found: other.to_owned(), known });
+        }
+    };
+    let mut full = json.clone();
+    for (name, value) in defaults.as_object().into_iter().flatten() {
+        full.entry(name.as_str()).or_insert_with(|| value.clone());
+    }
+    read(&full)
 }
 
 /// The dtype in which most of a checkpoint's values are stored: bfloat16, float16 or float32 (float64 counts as that).
@@ -191,9 +237,14 @@ pub fn load(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decod
 /// of tensors there that no layer asked for.
 pub fn load_at(config: DecoderConfig, root: &TensorPath) -> Result<Decoder> {
     let decoder = Decoder::load(config, root)?;
+    report_unread(root);
+    Ok(decoder)
+}
+
+/// Warns of tensors that no layer asked for.
+fn report_unread(root: &TensorPath) {
     let unread = root.unread();
     if let Some(first) = unread.first() {
         tracing::warn!("{} tensors of the checkpoint are not used, {first} among them", unread.len());
     }
-    Ok(decoder)
 }

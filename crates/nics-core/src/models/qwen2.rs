@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::decoder::{DecoderConfig, Family, RawConfig};
+use super::decoder::{DecoderConfig, Family, Names, RawConfig};
 use crate::Result;
 
 /// Reads a Qwen2 config.json.
@@ -17,5 +17,6 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         mlp_bias: false,
         qk_norm: false,
         windows: raw.windows()?,
+        names: &Names::LLAMA,
     })
 }

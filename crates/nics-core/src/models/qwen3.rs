@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::decoder::{DecoderConfig, Family, RawConfig};
+use super::decoder::{DecoderConfig, Family, Names, RawConfig};
 use crate::Result;
 
 /// Reads a Qwen3 config.json.
@@ -18,5 +18,6 @@ pub fn config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         mlp_bias: false,
         qk_norm: true,
         windows: raw.windows()?,
+        names: &Names::LLAMA,
     })
 }

@@ -1,10 +1,14 @@
-//! Building blocks that every model family shares: linear layers, normalisation, rotary tables.
+//! Building blocks that every model family shares: linear layers, normalisation, activations, rotary tables.
 
+mod activation;
+mod layer_norm;
 mod linear;
 pub mod memory;
 mod norm;
 mod rope;
 
+pub use activation::Activation;
+pub use layer_norm::{LayerNorm, Norm};
 pub use linear::Linear;
 pub use norm::RmsNorm;
 pub use rope::{Rope, RopeConfig, RopeScaling, Rotary};

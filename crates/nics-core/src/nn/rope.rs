@@ -68,11 +68,16 @@ pub struct RopeConfig {
     pub max_positions: usize,
     /// How the table is stretched.
     pub scaling: RopeScaling,
+    /// Which angles turn with a row's position in time, height and width, as many of each in this order (Qwen2-VL);
+    /// together half of `head_dim`.
+    pub sections: Option<[usize; 3]>,
 }
 
 #[derive(Deserialize)]
 struct RawScaling {
-    #[serde(alias = "type")]
+    // The old name and the new one; transformers writes both.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
     rope_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
@@ -85,6 +90,7 @@ struct RawScaling {
     mscale: Option<f64>,
     mscale_all_dim: Option<f64>,
     truncate: Option<bool>,
+    mrope_section: Option<[usize; 3]>,
 }
 
 impl RopeConfig {
@@ -98,20 +104,22 @@ impl RopeConfig {
         max_positions: usize,
         scaling: Option<&serde_json::Value>,
     ) -> Result<Self> {
-        let mut config = Self { theta, head_dim, max_positions, scaling: RopeScaling::None };
+        let mut config = Self { theta, head_dim, max_positions, scaling: RopeScaling::None, sections: None };
         let Some(value) = scaling.filter(|v| !v.is_null()) else { return config.checked() };
         let raw: RawScaling = serde_json::from_value(value.clone())
             .map_err(|e| Error::Config(format!("rope_scaling {value}: {e}")))?;
         if let Some(theta) = raw.rope_theta {
             config.theta = theta;
         }
+        config.sections = raw.mrope_section;
         let need = |name: &str, v: Option<f64>| {
             v.filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| {
                 Error::Config(format!("rope_scaling needs a positive `{name}`, found {value}"))
             })
         };
-        config.scaling = match raw.rope_type.as_deref().unwrap_or("default") {
-            "default" => RopeScaling::None,
+        config.scaling = match raw.rope_type.as_deref().or(raw.old_type.as_deref()).unwrap_or("default") {
+            // "mrope" is plain, too: what it adds are the sections.
+            "default" | "mrope" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: need("factor", raw.factor)? },
             "dynamic" => RopeScaling::Dynamic { factor: need("factor", raw.factor)? },
             "yarn" => {
@@ -157,6 +165,15 @@ impl RopeConfig {
         if !(self.theta.is_finite() && self.theta > 1.0) {
             return Err(Error::Config(format!("rope_theta {} is not above 1", self.theta)));
         }
+        if let Some(sections) = self.sections {
+            let angles = sections.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
+            if angles != Some((self.head_dim / 2) as usize) {
+                return Err(Error::Config(format!(
+                    "mrope_section {sections:?} does not add up to half of head_dim {}",
+                    self.head_dim
+                )));
+            }
+        }
         Ok(self)
     }
 }
@@ -178,13 +195,32 @@ impl Rotary {
     }
 
     /// Cosine and sine of the rows' positions, float32.
+    ///
+    /// # Errors
+    /// Rows in time, height and width where the configuration has no sections for them.
     pub fn rows(&self, rows: &Ragged) -> Result<Rope> {
         let half = self.inv_freq.len();
+        let planes = match (rows.planes(), self.config.sections) {
+            (None, _) => None,
+            (Some(planes), Some(sections)) => Some((planes, plane_of_angles(sections))),
+            (Some(_), None) => {
+                return Err(Error::input(
+                    "the rows have positions in time, height and width, but the model's rope has no mrope_section",
+                ));
+            }
+        };
         let mut angles = Vec::with_capacity(rows.len() * half);
         let mut at = 0;
         for &len in rows.lens() {
             let positions = &rows.positions()[at..at + len];
+            let first = at;
             at += len;
+            if let Some((planes, plane)) = &planes {
+                for position in &planes[first..at] {
+                    angles.extend(self.inv_freq.iter().zip(plane).map(|(f, &p)| position[p] as f32 * f));
+                }
+                continue;
+            }
             let stretched = self.dynamic(positions);
             let inv_freq = stretched.as_deref().unwrap_or(&self.inv_freq);
             for &p in positions {
@@ -212,6 +248,11 @@ impl Rotary {
         let grown = (factor * len / original) - (factor - 1.0);
         Some(plain(self.config.theta * grown.powf(d / (d - 2.0)), self.config.head_dim))
     }
+}
+
+/// Which of time, height and width each angle turns with.
+fn plane_of_angles(sections: [usize; 3]) -> Vec<usize> {
+    sections.iter().enumerate().flat_map(|(plane, &angles)| std::iter::repeat_n(plane, angles)).collect()
 }
 
 fn plain(theta: f64, head_dim: i64) -> Vec<f32> {

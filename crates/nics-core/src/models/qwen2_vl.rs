@@ -1,0 +1,465 @@
+//! Qwen2-VL (Wang et al., 2024), beside transformers' `modeling_qwen2_vl.py`: images of any size, as patches that attend
+//! within their moment in time and are merged four to a token; a Qwen2 decoder whose rotary embeddings turn in time,
+//! height and width.
+//!
+//! [`VisionAttention`], [`PatchMerger`], [`PatchEmbed`] and the rotary rows of a grid serve [`super::qwen2_5_vl`] too.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use super::multimodal::{Positions, Vision, Vlm, text_config};
+use super::vit::{MAX_LAYERS, MAX_SIZE, linear, sdpa};
+use super::{Decoder, DecoderConfig, ProjectionVisitor};
+use crate::checkpoint::TensorPath;
+use crate::nn::{Activation, LayerNorm, Norm, Rope};
+use crate::seam::Projection;
+use crate::vision::{Layout, Prepared, VisionError, object, senseless};
+use crate::{Error, Result};
+
+/// Other names under which the tensors are found: what transformers holds in memory and saves from version 5 on.
+pub(super) const NAMES: &[(&str, &str)] =
+    &[("model.", "model.language_model."), ("visual.", "model.visual.")];
+
+/// The fields of config.json that both generations share.
+#[derive(Debug, Clone, Deserialize)]
+struct Raw {
+    image_token_id: Option<u32>,
+    video_token_id: Option<u32>,
+}
+
+/// The fields of `vision_config`, of which each generation reads its own.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct RawVision {
+    pub depth: Option<usize>,
+    pub embed_dim: Option<i64>,
+    pub hidden_size: Option<i64>,
+    pub out_hidden_size: Option<i64>,
+    pub intermediate_size: Option<i64>,
+    pub num_heads: Option<i64>,
+    pub mlp_ratio: Option<f64>,
+    // Two names of one thing; a file may have both.
+    pub in_channels: Option<i64>,
+    pub in_chans: Option<i64>,
+    pub patch_size: Option<i64>,
+    pub temporal_patch_size: Option<i64>,
+    pub spatial_merge_size: Option<i64>,
+    pub hidden_act: Option<String>,
+    pub window_size: Option<i64>,
+    pub fullatt_block_indexes: Option<Vec<usize>>,
+    pub tokens_per_second: Option<f64>,
+}
+
+/// What both towers are built from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VisionConfig {
+    /// Blocks.
+    pub depth: usize,
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Width of the MLP.
+    pub intermediate: i64,
+    /// Width of the language model.
+    pub out: i64,
+    /// Heads.
+    pub heads: i64,
+    /// Edge of a patch, in pixels.
+    pub patch: i64,
+    /// Frames of a patch.
+    pub temporal: i64,
+    /// Patches along the edge of a token.
+    pub merge: i64,
+    /// In the MLP.
+    pub activation: Activation,
+}
+
+/// What Qwen2-VL is built from.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The language model.
+    pub text: DecoderConfig,
+    /// The tower.
+    pub vision: VisionConfig,
+    /// Stands for an image.
+    pub image_token: u32,
+    /// Stands for a video.
+    pub video_token: u32,
+}
+
+impl VisionConfig {
+    pub(super) fn checked(self, text: &DecoderConfig) -> Result<Self> {
+        let sizes = [
+            ("vision_config.hidden_size", self.hidden),
+            ("vision_config.intermediate_size", self.intermediate),
+            ("vision_config.num_heads", self.heads),
+            ("vision_config.patch_size", self.patch),
+            ("vision_config.temporal_patch_size", self.temporal),
+            ("vision_config.spatial_merge_size", self.merge),
+        ];
+        if let Some((field, found)) = sizes.into_iter().find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
+            return Err(senseless(field, format!("is {found}, expected a positive number")));
+        }
+        if !(1..=MAX_LAYERS).contains(&self.depth) {
+            let reason = format!("is {}, expected 1 to {MAX_LAYERS}", self.depth);
+            return Err(senseless("vision_config.depth", reason));
+        }
+        if self.hidden % self.heads != 0 || (self.hidden / self.heads) % 4 != 0 {
+            let reason = format!("is {}: heads of width {} / {0} cannot be turned", self.heads, self.hidden);
+            return Err(senseless("vision_config.num_heads", reason));
+        }
+        if self.out != text.hidden {
+            let reason = format!("is {}, but the language model is {} wide", self.out, text.hidden);
+            return Err(senseless("vision_config.out_hidden_size", reason));
+        }
+        Ok(self)
+    }
+
+    /// Numbers of a patch's pixels.
+    pub fn patch_len(&self) -> i64 {
+        3 * self.temporal * self.patch * self.patch
+    }
+}
+
+/// The language model, the ids and the fields of the tower.
+pub(super) fn parts(json: &Map<String, Value>) -> Result<(DecoderConfig, [u32; 2], RawVision)> {
+    // The hub's files have the language model's fields at the top.
+    let text = if json.contains_key("text_config") {
+        text_config(json, "text_config", "qwen2_vl_text")?
+    } else {
+        super::config_of_type("qwen2_vl", json)?
+    };
+    let raw: Raw = parsed(json, "")?;
+    let vision: RawVision = parsed(object(json, "vision_config")?, "vision_config.")?;
+    if vision.in_channels.or(vision.in_chans).is_some_and(|n| n != 3) {
+        return Err(senseless("vision_config.in_channels", "is not 3: images are RGB"));
+    }
+    let tokens = [raw.image_token_id.unwrap_or(151_655), raw.video_token_id.unwrap_or(151_656)];
+    Ok((text, tokens, vision))
+}
+
+fn parsed<T: serde::de::DeserializeOwned>(json: &Map<String, Value>, at: &str) -> Result<T> {
+    serde_path_to_error::deserialize(Value::Object(json.clone()))
+        .map_err(|e| Error::Config(format!("`{at}{}`: {}", e.path(), e.inner())))
+}
+
+impl Config {
+    /// Reads a config.json of Qwen2-VL.
+    ///
+    /// # Errors
+    /// A field that is missing or senseless.
+    pub fn parse(json: &Map<String, Value>) -> Result<Self> {
+        let (text, [image_token, video_token], raw) = parts(json)?;
+        let hidden = raw.embed_dim.unwrap_or(1280);
+        let vision = VisionConfig {
+            depth: raw.depth.unwrap_or(32),
+            hidden,
+            intermediate: (hidden as f64 * raw.mlp_ratio.unwrap_or(4.0)) as i64,
+            // Here `hidden_size` is what the merger gives out.
+            out: raw.hidden_size.unwrap_or(3584),
+            heads: raw.num_heads.unwrap_or(16),
+            patch: raw.patch_size.unwrap_or(14),
+            temporal: raw.temporal_patch_size.unwrap_or(2),
+            merge: raw.spatial_merge_size.unwrap_or(2),
+            activation: Activation::parse(
+                "vision_config.hidden_act",
+                raw.hidden_act.as_deref().unwrap_or("quick_gelu"),
+            )?,
+        };
+        let vision = vision.checked(&text)?;
+        Ok(Self { text, vision, image_token, video_token })
+    }
+}
+
+/// Patches to the tower's width: a convolution whose kernel is as large as its step, over patches that are cut already.
+pub struct PatchEmbed {
+    /// `proj.weight`, `[hidden, 3, temporal, patch, patch]`.
+    pub proj: Tensor,
+}
+
+impl PatchEmbed {
+    pub(super) fn load(at: &TensorPath, c: &VisionConfig) -> Result<Self> {
+        let proj = at.at("proj").tensor("weight", &[c.hidden, 3, c.temporal, c.patch, c.patch])?;
+        Ok(Self { proj })
+    }
+
+    /// `[patches, 3 * temporal * patch * patch]` to `[patches, hidden]`.
+    pub(super) fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let pixels = pixels.f_to_device(self.proj.device())?.f_to_kind(self.proj.kind())?;
+        let none: Option<&Tensor> = None;
+        Ok(pixels.f_linear(&self.proj.f_flatten(1, -1)?, none)?)
+    }
+}
+
+/// Attention of patches within segments.
+pub struct VisionAttention {
+    /// `[3 * hidden, hidden]`.
+    pub qkv: Box<dyn Projection>,
+    /// `[hidden, hidden]`.
+    pub proj: Box<dyn Projection>,
+    heads: i64,
+}
+
+impl VisionAttention {
+    pub(super) fn load(at: &TensorPath, c: &VisionConfig) -> Result<Self> {
+        Ok(Self {
+            qkv: linear(&at.at("qkv"), c.hidden, 3 * c.hidden)?,
+            proj: linear(&at.at("proj"), c.hidden, c.hidden)?,
+            heads: c.heads,
+        })
+    }
+
+    /// `x`: `[patches, hidden]`, divided into segments of these lengths that do not see each other; result: the same.
+    pub(super) fn forward(&self, x: &Tensor, rope: &Rope, segments: &[i64]) -> Result<Tensor> {
+        let (patches, hidden) = x.size2()?;
+        let d = hidden / self.heads;
+        let qkv = self.qkv.forward(x)?.f_view([patches, 3, self.heads, d])?;
+        // The rotation is in float32 whatever the dtype, as the reference does it.
+        let turned = |i: i64| -> Result<Tensor> {
+            let x = qkv.f_select(1, i)?;
+            Ok(rope.apply(&x.f_to_kind(Kind::Float)?)?.f_to_kind(x.kind())?)
+        };
+        let (q, k, v) = (turned(0)?, turned(1)?, qkv.f_select(1, 2)?);
+        let mut outs = Vec::new();
+        let mut at = 0;
+        // Neighbours of one length go together.
+        for same in segments.chunk_by(|a, b| a == b) {
+            let (n, len) = (same.len() as i64, same[0]);
+            // [n * len, heads, d] -> [n, heads, len, d]
+            let part = |x: &Tensor| -> Result<Tensor> {
+                let x = x.f_narrow(0, at, n * len)?.f_reshape([n, len, self.heads, d])?;
+                Ok(x.f_transpose(1, 2)?)
+            };
+            let out = sdpa(&part(&q)?, &part(&k)?, &part(&v)?)?;
+            outs.push(out.f_transpose(1, 2)?.f_reshape([n * len, hidden])?);
+            at += n * len;
+        }
+        self.proj.forward(&Tensor::f_cat(&outs, 0)?)
+    }
+}
+
+/// Neighbouring patches to a token of the language model: `mlp.2(gelu(mlp.0(patches side by side)))`.
+pub struct PatchMerger {
+    /// Over each patch.
+    pub ln_q: Norm,
+    /// `mlp.0`, `[hidden * merge², hidden * merge²]`.
+    pub first: Box<dyn Projection>,
+    /// `mlp.2`, `[out, hidden * merge²]`.
+    pub second: Box<dyn Projection>,
+    width: i64,
+}
+
+impl PatchMerger {
+    pub(super) fn load(at: &TensorPath, c: &VisionConfig, rms: bool) -> Result<Self> {
+        let width = c.hidden * c.merge * c.merge;
+        Ok(Self {
+            ln_q: Norm::load(&at.at("ln_q"), c.hidden, EPS, rms)?,
+            first: linear(&at.at("mlp.0"), width, width)?,
+            second: linear(&at.at("mlp.2"), width, c.out)?,
+            width,
+        })
+    }
+
+    /// `[patches, hidden]` to `[tokens, out]`.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.first.forward(&self.ln_q.forward(x)?.f_reshape([-1, self.width])?)?;
+        self.second.forward(&Activation::Gelu.forward(&x)?)
+    }
+
+    /// The projections by their names below the merger.
+    pub(super) fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 2] {
+        [("mlp.0", &mut self.first), ("mlp.2", &mut self.second)]
+    }
+}
+
+/// Added in every norm of the towers.
+pub(super) const EPS: f64 = 1e-6;
+/// Base of the towers' rotary embeddings.
+const THETA: f32 = 10_000.0;
+
+/// Rotary rows of a grid's patches, in their order: of a head's angles the first half turns with the row, the second with
+/// the column; `[patches, head_dim]`.
+pub(super) fn rope_of([t, h, w]: [usize; 3], c: &VisionConfig, device: Device) -> Result<Rope> {
+    let (merge, head_dim) = (c.merge as usize, (c.hidden / c.heads) as usize);
+    let frequencies: Vec<f32> =
+        (0..head_dim / 4).map(|j| 1.0 / THETA.powf(2.0 * j as f32 / (head_dim / 2) as f32)).collect();
+    let mut angles = Vec::with_capacity(h * w * head_dim / 2);
+    for (row, column) in cells(h, w, merge) {
+        angles.extend(frequencies.iter().map(|f| row as f32 * f));
+        angles.extend(frequencies.iter().map(|f| column as f32 * f));
+    }
+    let angles = Tensor::f_from_slice(&angles)?.f_view([(h * w) as i64, (head_dim / 2) as i64])?;
+    let angles = Tensor::f_cat(&[&angles, &angles], -1)?.f_repeat([t as i64, 1])?.f_to_device(device)?;
+    Ok(Rope { cos: angles.f_cos()?, sin: angles.f_sin()? })
+}
+
+/// Rows and columns of the patches of one moment in their order: block by block of those that become one token.
+pub(crate) fn cells(h: usize, w: usize, merge: usize) -> impl Iterator<Item = (usize, usize)> {
+    let blocks = (0..h / merge).flat_map(move |y| (0..w / merge).map(move |x| (y, x)));
+    blocks.flat_map(move |(y, x)| {
+        (0..merge).flat_map(move |dy| (0..merge).map(move |dx| (y * merge + dy, x * merge + dx)))
+    })
+}
+
+/// The grid of prepared patches, checked against the tower.
+pub(super) fn grid_of(media: &Prepared, c: &VisionConfig) -> Result<[usize; 3]> {
+    let refused = || {
+        let expected = format!(
+            "[patches, {}] with a grid of time, height and width whose edges are multiples of {}",
+            c.patch_len(),
+            c.merge
+        );
+        VisionError::Shape { what: "the tower's input", found: media.pixels.size(), expected }
+    };
+    let Layout::Patches { grid: [t, h, w], .. } = media.layout else { return Err(refused().into()) };
+    let merge = c.merge as usize;
+    let patches = t.checked_mul(h).and_then(|n| n.checked_mul(w)).unwrap_or(0);
+    if patches == 0
+        || h % merge != 0
+        || w % merge != 0
+        || media.pixels.size() != [patches as i64, c.patch_len()]
+    {
+        return Err(refused().into());
+    }
+    Ok([t, h, w])
+}
+
+/// One block: attention and MLP, each behind a norm and added to the residual.
+pub struct VisionBlock {
+    /// Before attention.
+    pub norm1: LayerNorm,
+    /// Attention.
+    pub attn: VisionAttention,
+    /// Before the MLP.
+    pub norm2: LayerNorm,
+    /// `mlp.fc1`, `[intermediate, hidden]`.
+    pub fc1: Box<dyn Projection>,
+    /// `mlp.fc2`, `[hidden, intermediate]`.
+    pub fc2: Box<dyn Projection>,
+}
+
+/// The tower with its merger (`Qwen2VisionTransformerPretrainedModel`).
+pub struct Qwen2VlVision {
+    /// `patch_embed`.
+    pub patch_embed: PatchEmbed,
+    /// `blocks`.
+    pub blocks: Vec<VisionBlock>,
+    /// `merger`.
+    pub merger: PatchMerger,
+    config: VisionConfig,
+}
+
+/// What messages about missing tensors and wrong shapes give as their reason.
+pub(super) fn because(c: &VisionConfig) -> String {
+    format!(
+        "config.json (vision_config: width {}, intermediate {}, depth {}, patch_size {}, temporal_patch_size {}, \
+         spatial_merge_size {}, output {})",
+        c.hidden, c.intermediate, c.depth, c.patch, c.temporal, c.merge, c.out
+    )
+}
+
+impl Qwen2VlVision {
+    /// Reads the tower under `at`, usually `visual`.
+    pub fn load(config: VisionConfig, at: &TensorPath) -> Result<Self> {
+        let c = &config;
+        let at = &at.because(because(c));
+        let blocks = (0..c.depth)
+            .map(|l| {
+                let at = at.at("blocks").at(l);
+                Ok(VisionBlock {
+                    norm1: LayerNorm::load(&at.at("norm1"), c.hidden, EPS)?,
+                    attn: VisionAttention::load(&at.at("attn"), c)?,
+                    norm2: LayerNorm::load(&at.at("norm2"), c.hidden, EPS)?,
+                    fc1: linear(&at.at("mlp.fc1"), c.hidden, c.intermediate)?,
+                    fc2: linear(&at.at("mlp.fc2"), c.intermediate, c.hidden)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            patch_embed: PatchEmbed::load(&at.at("patch_embed"), c)?,
+            blocks,
+            merger: PatchMerger::load(&at.at("merger"), c, false)?,
+            config,
+        })
+    }
+}
+
+impl Vision for Qwen2VlVision {
+    fn encode(&self, media: &Prepared) -> Result<Tensor> {
+        let c = &self.config;
+        let grid = grid_of(media, c)?;
+        let mut x = self.patch_embed.forward(&media.pixels)?;
+        let rope = rope_of(grid, c, x.device())?;
+        let segments = vec![(grid[1] * grid[2]) as i64; grid[0]];
+        for block in &self.blocks {
+            x = x.f_add(&block.attn.forward(&block.norm1.forward(&x)?, &rope, &segments)?)?;
+            let inner = block.fc1.forward(&block.norm2.forward(&x)?)?;
+            x = x.f_add(&block.fc2.forward(&c.activation.forward(&inner)?)?)?;
+        }
+        self.merger.forward(&x)
+    }
+
+    fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()> {
+        for (l, block) in self.blocks.iter_mut().enumerate() {
+            for (name, projection) in block.projections() {
+                f(&format!("visual.blocks.{l}.{name}"), projection)?;
+            }
+        }
+        for (name, projection) in self.merger.projections() {
+            f(&format!("visual.merger.{name}"), projection)?;
+        }
+        Ok(())
+    }
+
+    fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
+        f("visual.patch_embed.proj.weight", &mut self.patch_embed.proj)?;
+        for (l, block) in self.blocks.iter_mut().enumerate() {
+            for (norm, name) in [(&mut block.norm1, "norm1"), (&mut block.norm2, "norm2")] {
+                for (parameter, tensor) in norm.parameters() {
+                    f(&format!("visual.blocks.{l}.{name}.{parameter}"), tensor)?;
+                }
+            }
+            for (name, projection) in block.projections() {
+                for (parameter, tensor) in projection.parameters() {
+                    f(&format!("visual.blocks.{l}.{name}.{parameter}"), tensor)?;
+                }
+            }
+        }
+        visit_merger(&mut self.merger, f)
+    }
+}
+
+impl VisionBlock {
+    fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 4] {
+        [
+            ("attn.qkv", &mut self.attn.qkv),
+            ("attn.proj", &mut self.attn.proj),
+            ("mlp.fc1", &mut self.fc1),
+            ("mlp.fc2", &mut self.fc2),
+        ]
+    }
+}
+
+/// Hands the merger's parameters to `f`.
+pub(super) fn visit_merger(
+    merger: &mut PatchMerger,
+    f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>,
+) -> Result<()> {
+    for (parameter, tensor) in merger.ln_q.parameters() {
+        f(&format!("visual.merger.ln_q.{parameter}"), tensor)?;
+    }
+    for (name, projection) in merger.projections() {
+        for (parameter, tensor) in projection.parameters() {
+            f(&format!("visual.merger.{name}.{parameter}"), tensor)?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn load(json: &Map<String, Value>, root: &TensorPath) -> Result<Vlm> {
+    let config = Config::parse(json)?;
+    let root = &root.renamed(NAMES);
+    let positions = Positions::Mrope { merge: config.vision.merge as usize, per_second: None };
+    let vision = Qwen2VlVision::load(config.vision, &root.at("visual"))?;
+    let language_model = Decoder::load(config.text, root)?;
+    Ok(Vlm::new(language_model, Box::new(vision), "", positions))
+}

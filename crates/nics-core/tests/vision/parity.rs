@@ -1,0 +1,154 @@
+//! Every family against transformers: pixels and ids exact, logits within 1e-4, greedy continuations token for token.
+
+use nics_core::cache::{DenseCache, NoCache};
+use nics_core::generate::{Generator, Prompt, Request, collect};
+use nics_core::models::{Batch, Embedded, Input, Model};
+use nics_core::sampling::Sampling;
+use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::vision::TokenKind;
+use tch::Tensor;
+
+use super::kit::{Fixture, assert_relative, fixtures};
+
+/// The rows of an embedded prompt as those of one sequence.
+pub fn rows(embedded: &Embedded, seq: SeqId) -> Ragged {
+    let rows = Ragged::contiguous(&[(seq, 0, embedded.ids.len())]);
+    match &embedded.rotary {
+        Some(rotary) => rows.with_planes(rotary.planes.clone()).unwrap(),
+        None => rows,
+    }
+}
+
+fn request(prompt: Embedded, new: usize) -> Request {
+    Request {
+        prompt: Prompt::Embedded(prompt),
+        sampling: Sampling::default(),
+        max_new_tokens: new,
+        eos: Vec::new(),
+    }
+}
+
+#[test]
+fn pixels_ids_and_kinds() {
+    for f in fixtures() {
+        let expected = f.golden.tensors("expected.safetensors").unwrap();
+        for (number, case) in f.cases.cases.iter().enumerate() {
+            let what = format!("{}, {}", f.name, case.name);
+            let prompt = f.prompt(case);
+            assert_eq!(prompt.ids, case.expanded, "{what}");
+            assert_eq!(prompt.media.len(), case.media.len(), "{what}");
+            for (i, placed) in prompt.media.iter().enumerate() {
+                let pixels = &expected[&format!("{number}.pixels.{i}")];
+                assert_eq!(placed.media.pixels.size(), pixels.size(), "{what}, medium {i}");
+                let off = (&placed.media.pixels - pixels).abs().max().double_value(&[]);
+                assert!(placed.media.pixels.equal(pixels), "{what}, medium {i}: pixels off by {off:e}");
+                assert_eq!(placed.rows.len(), placed.media.tokens, "{what}");
+                assert!(placed.rows.iter().all(|&row| prompt.kinds[row] == placed.media.kind), "{what}");
+            }
+            let seen = prompt.kinds.iter().filter(|&&kind| kind != TokenKind::Text).count();
+            assert_eq!(seen, prompt.media.iter().map(|p| p.rows.len()).sum::<usize>(), "{what}");
+
+            // Written out already, a prompt stays as it is.
+            let again = f.processor.prompt(&case.expanded, &f.media(case)).unwrap();
+            assert_eq!((&again.ids, &again.kinds), (&prompt.ids, &prompt.kinds), "{what}");
+            for (a, b) in again.media.iter().zip(&prompt.media) {
+                assert_eq!(a.rows, b.rows, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn positions() {
+    let mut seen = 0;
+    for f in fixtures() {
+        for case in &f.cases.cases {
+            let rotary = f.model.positions().of(&f.prompt(case)).unwrap();
+            assert_eq!(rotary.is_some(), case.positions.is_some(), "{}, {}", f.name, case.name);
+            if let (Some(rotary), Some(positions)) = (rotary, &case.positions) {
+                for (i, plane) in positions.iter().enumerate() {
+                    let found: Vec<i64> = rotary.planes.iter().map(|p| p[i]).collect();
+                    assert_eq!(&found, plane, "{}, {}, plane {i}", f.name, case.name);
+                }
+                assert_eq!(Some(rotary.delta), case.delta);
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 0, "no family with positions in time and space");
+}
+
+#[test]
+fn logits() {
+    let _no_grad = tch::no_grad_guard();
+    for f in fixtures() {
+        let expected = f.golden.tensors("expected.safetensors").unwrap();
+        for (number, case) in f.cases.cases.iter().enumerate() {
+            let embedded = f.model.embed_prompt(&f.prompt(case)).unwrap();
+            let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
+            let out = f.model.forward(&batch, &mut NoCache::new(), None).unwrap();
+            let logits = f.model.logits(&out.hidden).unwrap();
+            let what = format!("{}, {}", f.name, case.name);
+            assert_relative(
+                &what,
+                &logits,
+                &expected[&format!("{number}.logits")],
+                f.cases.tolerance.logits_relative,
+            );
+        }
+    }
+}
+
+fn requests(f: &Fixture) -> Vec<Request> {
+    let all = f.cases.cases.iter();
+    all.map(|case| request(f.model.embed_prompt(&f.prompt(case)).unwrap(), f.cases.new_tokens)).collect()
+}
+
+#[test]
+fn greedy_tokens_alone_and_in_a_ragged_batch() {
+    for f in fixtures() {
+        let n = f.cases.cases.len();
+        // In one piece, and with prompts read in pieces of seven rows.
+        for (batch, chunk) in [(1, 1024), (n, 1024), (n, 7)] {
+            let mut cache = DenseCache::new();
+            let mut generator = Generator::new(&f.model, &mut cache)
+                .with_context(4096)
+                .with_prefill_chunk(chunk)
+                .last_row_apart(true);
+            let all = collect(&mut generator, requests(&f), batch).unwrap();
+            for (case, found) in f.cases.cases.iter().zip(all) {
+                assert_eq!(found, case.greedy, "{}, {}, {batch} at a time, {chunk} rows", f.name, case.name);
+            }
+            drop(generator);
+            assert_eq!(cache.bytes().allocated, 0, "every sequence was closed");
+        }
+    }
+}
+
+#[test]
+fn a_ragged_batch_equals_single_calls() {
+    let _no_grad = tch::no_grad_guard();
+    for f in fixtures() {
+        let all: Vec<Embedded> =
+            f.cases.cases.iter().map(|c| f.model.embed_prompt(&f.prompt(c)).unwrap()).collect();
+        let alone: Vec<Tensor> = all
+            .iter()
+            .map(|e| {
+                let batch = Batch::new(rows(e, SeqId(0)), Input::Embeds(&e.embeddings));
+                f.model.forward(&batch, &mut NoCache::new(), None).unwrap().hidden
+            })
+            .collect();
+        let lens: Vec<_> = all.iter().enumerate().map(|(i, e)| (SeqId(i as u64), 0, e.ids.len())).collect();
+        let mut ragged = Ragged::contiguous(&lens);
+        if all.iter().any(|e| e.rotary.is_some()) {
+            let planes = all.iter().flat_map(|e| match &e.rotary {
+                Some(rotary) => rotary.planes.clone(),
+                None => (0..e.ids.len() as i64).map(|p| [p; 3]).collect(),
+            });
+            ragged = ragged.with_planes(planes.collect()).unwrap();
+        }
+        let x = Tensor::cat(&all.iter().map(|e| &e.embeddings).collect::<Vec<_>>(), 0);
+        let out = f.model.forward(&Batch::new(ragged, Input::Embeds(&x)), &mut NoCache::new(), None).unwrap();
+        assert_relative(&f.name, &out.hidden, &Tensor::cat(&alone, 0), 1e-5);
+    }
+}
