@@ -1,0 +1,6 @@
+//! Calibration data: which samples, in which order, put together how, with which masks.
+
+pub mod captions;
+pub mod collate;
+pub mod format;
+pub mod order;

@@ -1,0 +1,35 @@
+//! MBQ (arXiv 2412.19509): modality-balanced post-training quantization of the language model in a vision-language model.
+//!
+//! Quantization of weights, or of weights and activations, is made easier by scaling the input channels of each linear layer
+//! and folding the inverse into what stands before it. The scales are searched layer by layer: those are taken whose error
+//! in the layer's output is least. An error on a vision token, though, reacts on the training loss about ten times less than
+//! one on an answer token. MBQ measures that with one backward pass ([`sensitivity`](mod@sensitivity)) and weighs the errors
+//! by it ([`loss`]).
+
+pub mod apply;
+pub mod artefact;
+pub mod batch;
+pub mod calibrate;
+pub mod candidates;
+pub mod clip;
+pub mod data;
+mod error;
+pub mod evaluation;
+pub mod fold;
+pub mod gptq;
+pub mod layer;
+pub mod layout;
+pub mod loss;
+pub mod memory;
+pub mod methods;
+pub mod operators;
+mod progress;
+pub mod quantize;
+pub mod run;
+pub mod search;
+pub mod sensitivity;
+pub mod smooth;
+
+pub use error::{Error, Result};
+pub use progress::PROGRESS;
+pub use quantize::{QuantSpec, ZeroRange};
