@@ -11,7 +11,7 @@ use crate::nn::Activation;
 pub fn config(json: &Map<String, Value>) -> Result<TowerConfig> {
     TowerConfig::parse(
         json,
-        TowerConfig {
+        &TowerConfig {
             hidden: 768,
             intermediate: 3072,
             layers: 12,

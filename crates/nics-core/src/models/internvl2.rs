@@ -333,8 +333,9 @@ impl InternVlVision {
         };
         // Layers behind the one that is looked at are not needed.
         for l in c.used..c.layers {
-            let unread = layers.at(l).unread();
-            unread.iter().for_each(|name| root.skip(name));
+            for name in layers.at(l).unread() {
+                root.skip(&name);
+            }
         }
         Ok(loaded)
     }

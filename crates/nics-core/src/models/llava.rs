@@ -159,7 +159,7 @@ pub struct LlavaVision {
 impl LlavaVision {
     /// Reads both under `root`.
     pub fn load(c: &Config, root: &TensorPath) -> Result<Self> {
-        let tower = Tower::load(c.vision.clone(), &c.feature_layers, &root.at("vision_tower.vision_model"))?;
+        let tower = Tower::load(&c.vision, &c.feature_layers, &root.at("vision_tower.vision_model"))?;
         let at = root.at("multi_modal_projector").because(format!(
             "config.json (vision_config.hidden_size {}, text_config.hidden_size {})",
             c.vision.hidden, c.text.hidden

@@ -91,21 +91,6 @@ pub struct Anyres {
 }
 
 impl Anyres {
-    /// Rows and columns of the margins above and left of an image in the map of its tiles (those below and right are the
-    /// same): the side in which the image is relatively shorter was filled up.
-    fn margins(self, [height, width]: [usize; 2], original: [usize; 2]) -> [usize; 2] {
-        let [original_height, original_width] = original.map(|n| n as f64);
-        // As the reference: rounded at the seventh digit, then down.
-        let whole = |x: f64| format!("{x:.7}").parse::<f64>().unwrap_or(x) as usize;
-        if original_width / original_height > width as f64 / height as f64 {
-            let inner = whole(original_height * (width as f64 / original_width));
-            [height.saturating_sub(inner) / 2, 0]
-        } else {
-            let inner = whole(original_width * (height as f64 / original_height));
-            [0, width.saturating_sub(inner) / 2]
-        }
-    }
-
     /// The size to which a map is shrunk, when it is too large.
     fn shrunk(self, [height, width]: [usize; 2]) -> Option<[usize; 2]> {
         let ratio = ((height * width) as f64 / (self.max_pictures * self.side.pow(2)) as f64).sqrt();
@@ -117,7 +102,7 @@ impl Anyres {
     /// Tokens of an image in `rows * columns` tiles: the whole, the map, the newlines of its rows.
     pub fn image_tokens(self, rows: usize, columns: usize, original: [usize; 2]) -> usize {
         let map = [rows * self.side, columns * self.side];
-        let [top, left] = self.margins(map, original);
+        let [top, left] = margins(map, original);
         let inner = [map[0] - 2 * top, map[1] - 2 * left];
         let [height, width] = self.shrunk(inner).unwrap_or(inner);
         self.side.pow(2) + height * (width + 1)
@@ -126,6 +111,21 @@ impl Anyres {
     /// Tokens of a frame of a video.
     pub fn pooled_tokens(self) -> usize {
         self.side.div_ceil(2).pow(2)
+    }
+}
+
+/// Rows and columns of the margins above and left of an image in the map of its tiles (those below and right are the
+/// same): the side in which the image is relatively shorter was filled up.
+fn margins([height, width]: [usize; 2], original: [usize; 2]) -> [usize; 2] {
+    let [original_height, original_width] = original.map(|n| n as f64);
+    // As the reference: rounded at the seventh digit, then down.
+    let whole = |x: f64| format!("{x:.7}").parse::<f64>().unwrap_or(x) as usize;
+    if original_width / original_height > width as f64 / height as f64 {
+        let inner = whole(original_height * (width as f64 / original_width));
+        [height.saturating_sub(inner) / 2, 0]
+    } else {
+        let inner = whole(original_width * (height as f64 / original_height));
+        [0, width.saturating_sub(inner) / 2]
     }
 }
 
@@ -158,7 +158,7 @@ impl LlavaOnevisionVision {
         // [tiles, side * side, hidden] -> [hidden, rows * side, columns * side]
         let tiles = x.f_narrow(0, 1, r * c)?.f_reshape([r, c, side, side, hidden])?;
         let mut maps = tiles.f_permute([4, 0, 2, 1, 3])?.f_reshape([hidden, r * side, c * side])?;
-        let [top, left] = self.anyres.margins(map, original);
+        let [top, left] = margins(map, original);
         let inner = [map[0] - 2 * top, map[1] - 2 * left];
         maps = maps.f_narrow(1, top as i64, inner[0] as i64)?.f_narrow(2, left as i64, inner[1] as i64)?;
         if let Some([height, width]) = self.anyres.shrunk(inner) {

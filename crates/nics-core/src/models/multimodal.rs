@@ -233,10 +233,10 @@ pub fn load_vlm(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<V
 /// # Errors
 /// `Error::Config` when neither is there.
 pub fn vlm_architecture(json: &Map<String, Value>) -> Result<&str> {
+    const TYPES: [&str; 5] = ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl_chat"];
     if let Some(named) = json.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str) {
         return Ok(named);
     }
-    const TYPES: [&str; 5] = ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl_chat"];
     let model_type = json
         .get("model_type")
         .and_then(Value::as_str)

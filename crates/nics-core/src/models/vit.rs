@@ -69,7 +69,7 @@ pub(super) const MAX_SIZE: i64 = 1 << 20;
 
 impl TowerConfig {
     /// Reads a `vision_config`, whose absent fields are those of `base`.
-    pub(super) fn parse(json: &Map<String, Value>, base: Self) -> Result<Self> {
+    pub(super) fn parse(json: &Map<String, Value>, base: &Self) -> Result<Self> {
         let raw: Raw = serde_path_to_error::deserialize(Value::Object(json.clone()))
             .map_err(|e| Error::Config(format!("`vision_config.{}`: {}", e.path(), e.inner())))?;
         let config = Self {
@@ -263,8 +263,8 @@ pub struct Tower {
 impl Tower {
     /// Reads the tower under `at` (e.g. `vision_tower.vision_model`) as far as `looked_at` asks: transformers'
     /// `vision_feature_layer`, where 0 is the embeddings and negative numbers count from behind the last layer.
-    pub fn load(config: TowerConfig, looked_at: &[i64], at: &TensorPath) -> Result<Self> {
-        let c = &config;
+    pub fn load(config: &TowerConfig, looked_at: &[i64], at: &TensorPath) -> Result<Self> {
+        let c = config;
         let at = &at.because(format!(
             "config.json (vision_config: hidden_size {}, intermediate_size {}, num_hidden_layers {}, image_size {}, \
              patch_size {})",
@@ -414,7 +414,9 @@ fn pass_over(at: &TensorPath, used: usize, layers: usize) {
         at.skip("bias");
     };
     for l in used..layers {
-        PARTS.iter().for_each(|part| both(&at.at("encoder.layers").at(l).at(part)));
+        for part in PARTS {
+            both(&at.at("encoder.layers").at(l).at(part));
+        }
     }
     for part in
         ["post_layernorm", "head.attention.out_proj", "head.layernorm", "head.mlp.fc1", "head.mlp.fc2"]

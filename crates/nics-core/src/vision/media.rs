@@ -162,12 +162,11 @@ impl Placeholders {
             queues.push(Queue::new("video", video, ids, videos)?);
         }
         for &id in ids {
-            match queues.iter_mut().find(|q| q.token == id) {
-                Some(queue) => queue.take(&mut prompt),
-                None => {
-                    prompt.ids.push(id);
-                    prompt.kinds.push(TokenKind::Text);
-                }
+            if let Some(queue) = queues.iter_mut().find(|q| q.token == id) {
+                queue.take(&mut prompt);
+            } else {
+                prompt.ids.push(id);
+                prompt.kinds.push(TokenKind::Text);
             }
         }
         prompt.media.sort_by_key(|placed| placed.rows.first().copied());

@@ -13,7 +13,8 @@ use tch::{Device, Kind, Tensor};
 pub struct Cases {
     pub new_tokens: usize,
     pub tolerance: Tolerance,
-    pub cases: Vec<Case>,
+    #[serde(rename = "cases")]
+    pub prompts: Vec<Case>,
 }
 
 #[derive(Deserialize)]

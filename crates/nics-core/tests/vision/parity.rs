@@ -32,7 +32,7 @@ fn request(prompt: Embedded, new: usize) -> Request {
 fn pixels_ids_and_kinds() {
     for f in fixtures() {
         let expected = f.golden.tensors("expected.safetensors").unwrap();
-        for (number, case) in f.cases.cases.iter().enumerate() {
+        for (number, case) in f.cases.prompts.iter().enumerate() {
             let what = format!("{}, {}", f.name, case.name);
             let prompt = f.prompt(case);
             assert_eq!(prompt.ids, case.expanded, "{what}");
@@ -62,7 +62,7 @@ fn pixels_ids_and_kinds() {
 fn positions() {
     let mut seen = 0;
     for f in fixtures() {
-        for case in &f.cases.cases {
+        for case in &f.cases.prompts {
             let rotary = f.model.positions().of(&f.prompt(case)).unwrap();
             assert_eq!(rotary.is_some(), case.positions.is_some(), "{}, {}", f.name, case.name);
             if let (Some(rotary), Some(positions)) = (rotary, &case.positions) {
@@ -83,7 +83,7 @@ fn logits() {
     let _no_grad = tch::no_grad_guard();
     for f in fixtures() {
         let expected = f.golden.tensors("expected.safetensors").unwrap();
-        for (number, case) in f.cases.cases.iter().enumerate() {
+        for (number, case) in f.cases.prompts.iter().enumerate() {
             let embedded = f.model.embed_prompt(&f.prompt(case)).unwrap();
             let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
             let out = f.model.forward(&batch, &mut NoCache::new(), None).unwrap();
@@ -100,14 +100,14 @@ fn logits() {
 }
 
 fn requests(f: &Fixture) -> Vec<Request> {
-    let all = f.cases.cases.iter();
+    let all = f.cases.prompts.iter();
     all.map(|case| request(f.model.embed_prompt(&f.prompt(case)).unwrap(), f.cases.new_tokens)).collect()
 }
 
 #[test]
 fn greedy_tokens_alone_and_in_a_ragged_batch() {
     for f in fixtures() {
-        let n = f.cases.cases.len();
+        let n = f.cases.prompts.len();
         // In one piece, and with prompts read in pieces of seven rows.
         for (batch, chunk) in [(1, 1024), (n, 1024), (n, 7)] {
             let mut cache = DenseCache::new();
@@ -116,7 +116,7 @@ fn greedy_tokens_alone_and_in_a_ragged_batch() {
                 .with_prefill_chunk(chunk)
                 .last_row_apart(true);
             let all = collect(&mut generator, requests(&f), batch).unwrap();
-            for (case, found) in f.cases.cases.iter().zip(all) {
+            for (case, found) in f.cases.prompts.iter().zip(all) {
                 assert_eq!(found, case.greedy, "{}, {}, {batch} at a time, {chunk} rows", f.name, case.name);
             }
             drop(generator);
@@ -130,7 +130,7 @@ fn a_ragged_batch_equals_single_calls() {
     let _no_grad = tch::no_grad_guard();
     for f in fixtures() {
         let all: Vec<Embedded> =
-            f.cases.cases.iter().map(|c| f.model.embed_prompt(&f.prompt(c)).unwrap()).collect();
+            f.cases.prompts.iter().map(|c| f.model.embed_prompt(&f.prompt(c)).unwrap()).collect();
         let alone: Vec<Tensor> = all
             .iter()
             .map(|e| {

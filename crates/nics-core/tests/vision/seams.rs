@@ -15,7 +15,7 @@ use super::parity::rows;
 
 fn logits(model: &Vlm, f: &Fixture) -> Tensor {
     let _no_grad = tch::no_grad_guard();
-    let case = &f.cases.cases[0];
+    let case = &f.cases.prompts[0];
     let embedded = model.embed_prompt(&f.prompt(case)).unwrap();
     let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
     let out = model.forward(&batch, &mut NoCache::new(), None).unwrap();
@@ -95,6 +95,8 @@ fn renamed(f: &Fixture, rename: impl Fn(&str) -> String) -> TensorPath {
     TensorPath::from_tensors(tensors)
 }
 
+type Rename<'a> = &'a dyn Fn(&str) -> String;
+
 #[test]
 fn other_names_are_the_same_model() {
     let in_memory = |name: &str| {
@@ -119,7 +121,6 @@ fn other_names_are_the_same_model() {
         None if name.starts_with("visual.") => format!("model.{name}"),
         None => name.to_owned(),
     };
-    type Rename<'a> = &'a dyn Fn(&str) -> String;
     let styles: [(&str, &str, Rename); 8] = [
         ("llava", "in memory", &in_memory),
         ("llava", "without a level", &without_a_level),
