@@ -128,6 +128,9 @@ pub enum Error {
     /// Artefacts, files, interrupts.
     #[error(transparent)]
     Base(#[from] nics_base::Error),
+    /// CUDA kernels.
+    #[error(transparent)]
+    Cuda(Box<nics_cuda::Error>),
     /// libtorch.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),

@@ -15,6 +15,7 @@ pub mod budget;
 pub mod cache;
 pub mod calibrate;
 pub mod compare;
+pub mod device;
 mod error;
 pub mod evaluation;
 pub mod kernel;
