@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -653,10 +653,64 @@ def internvl2():
     )
 
 
+# -------------------------------------------------------------------------------------------------------------- Pictures
+
+
+def pictures():
+    """Files of every kind with what Pillow reads from them, and one image resized by every filter."""
+    path = HERE / "pictures"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    rgb = picture(61, 23, 17)
+    alpha = Image.fromarray((np.arange(17 * 23).reshape(17, 23) * 5 % 256).astype(np.uint8))
+    clear = rgb.convert("RGBA")
+    clear.putalpha(alpha)
+    grey = rgb.convert("L")
+    both = Image.merge("LA", (grey, alpha))
+    palette = rgb.quantize(16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "rgb.png": (rgb, {}),
+        "rgba.png": (clear, {}),
+        "grey.png": (grey, {}),
+        "grey-alpha.png": (both, {}),
+        "palette.png": (palette, {}),
+        "palette-clear.png": (palette, dict(transparency=3)),
+        "two.png": (grey.convert("1"), {}),
+        "deep.png": (Image.fromarray((np.asarray(grey).astype(np.uint16) * 257 + 77)), {}),
+        "plain.bmp": (rgb, {}),
+        "plain.gif": (palette, {}),
+        "lossless.webp": (rgb, dict(lossless=True)),
+        "clear.webp": (clear, dict(lossless=True, exact=True)),
+        "turned.png": (rgb, dict(exif=turned)),
+        "photo.jpg": (rgb, dict(quality=92, subsampling=0)),
+        "turned.jpg": (rgb, dict(quality=92, subsampling=0, exif=turned)),
+    }
+    tensors = {}
+    for name, (image, options) in files.items():
+        image.save(path / name, **options)
+        # As transformers' `load_image`.
+        read = ImageOps.exif_transpose(Image.open(path / name))
+        if name == "deep.png":
+            # Pillow clips what is above 255; the high byte is what its RGB files of 16 bits give.
+            tensors[name] = torch.from_numpy(np.repeat((np.asarray(read) >> 8).astype(np.uint8)[..., None], 3, -1).copy())
+        else:
+            tensors[name] = torch.from_numpy(np.array(read.convert("RGB")))
+    sizes = [(40, 30), (11, 9), (23, 40), (7, 17), (23, 17), (1, 1)]
+    for filter in [1, 2, 3, 4, 5]:
+        for width, height in sizes:
+            tensors[f"resize.{filter}.{width}x{height}"] = torch.from_numpy(
+                np.array(rgb.resize((width, height), Image.Resampling(filter)))
+            )
+    save_file(tensors, path / "expected.safetensors")
+    print(f"pictures: {sum(f.stat().st_size for f in path.iterdir()) >> 10} KiB")
+
+
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     chosen = sys.argv[1:]
-    for maker in [llava, onevision, qwen2_vl, qwen2_5_vl, internvl2]:
+    for maker in [llava, onevision, qwen2_vl, qwen2_5_vl, internvl2, pictures]:
         if not chosen or maker.__name__ in chosen:
             maker()

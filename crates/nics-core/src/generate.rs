@@ -300,6 +300,14 @@ impl<'a> Generator<'a> {
                 )));
             }
         }
+        if let Prompt::Embedded(Embedded { rotary: Some(rotary), .. }) = &request.prompt
+            && rotary.planes.len() != len
+        {
+            return Err(Error::Input(format!(
+                "{} positions in time, height and width for a prompt of {len} tokens",
+                rotary.planes.len()
+            )));
+        }
         request.sampling.validate()?;
         Ok(len + request.max_new_tokens.min(self.context - len))
     }

@@ -117,6 +117,10 @@ impl Config {
         if let Some((field, found)) = sizes.into_iter().find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
             return Err(senseless(field, format!("is {found}, expected a positive number")));
         }
+        if v.patch_size > image_size {
+            let reason = format!("is {}, more than image_size {image_size}", v.patch_size);
+            return Err(senseless("vision_config.patch_size", reason));
+        }
         if image_size != v.image_size {
             let reason =
                 format!("is {image_size}, but the tower's positions are for {} pixels", v.image_size);

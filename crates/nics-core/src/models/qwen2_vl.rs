@@ -21,6 +21,9 @@ use crate::{Error, Result};
 pub(super) const NAMES: &[(&str, &str)] =
     &[("model.", "model.language_model."), ("visual.", "model.visual.")];
 
+/// Larger than any edge of a patch or token.
+const MAX_EDGE: i64 = 1 << 10;
+
 /// The fields of config.json that both generations share.
 #[derive(Debug, Clone, Deserialize)]
 struct Raw {
@@ -89,15 +92,15 @@ pub struct Config {
 impl VisionConfig {
     pub(super) fn checked(self, text: &DecoderConfig) -> Result<Self> {
         let sizes = [
-            ("vision_config.hidden_size", self.hidden),
-            ("vision_config.intermediate_size", self.intermediate),
-            ("vision_config.num_heads", self.heads),
-            ("vision_config.patch_size", self.patch),
-            ("vision_config.temporal_patch_size", self.temporal),
-            ("vision_config.spatial_merge_size", self.merge),
+            ("vision_config.hidden_size", self.hidden, MAX_SIZE),
+            ("vision_config.intermediate_size", self.intermediate, MAX_SIZE),
+            ("vision_config.num_heads", self.heads, MAX_SIZE),
+            ("vision_config.patch_size", self.patch, MAX_EDGE),
+            ("vision_config.temporal_patch_size", self.temporal, MAX_EDGE),
+            ("vision_config.spatial_merge_size", self.merge, MAX_EDGE),
         ];
-        if let Some((field, found)) = sizes.into_iter().find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
-            return Err(senseless(field, format!("is {found}, expected a positive number")));
+        if let Some((field, found, most)) = sizes.into_iter().find(|(_, n, most)| !(1..=*most).contains(n)) {
+            return Err(senseless(field, format!("is {found}, expected 1 to {most}")));
         }
         if !(1..=MAX_LAYERS).contains(&self.depth) {
             let reason = format!("is {}, expected 1 to {MAX_LAYERS}", self.depth);

@@ -29,7 +29,7 @@ pub enum VisionError {
         reason: String,
     },
     /// More pixels than any model looks at.
-    #[error("{what} is {width}x{height}, more than the {max} pixels that are decoded: make it smaller")]
+    #[error("{what} is {width}x{height} pixels; at most {max} in all and {max_edge} along an edge are taken")]
     TooLarge {
         /// The file, or what else it was called.
         what: String,
@@ -39,6 +39,8 @@ pub enum VisionError {
         height: u32,
         /// The most pixels.
         max: u64,
+        /// The longest edge, in pixels.
+        max_edge: u32,
     },
     /// An image, a video or a target without a pixel.
     #[error("{what}: there is no pixel")]

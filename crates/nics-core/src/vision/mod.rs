@@ -10,6 +10,27 @@
 //!
 //! The towers that take the pixels are in [`crate::models`]; [`crate::models::load_vlm`] loads them with their language
 //! model.
+//!
+//! ```no_run,standalone_crate
+//! use nics_core::cache::DenseCache;
+//! use nics_core::checkpoint::Checkpoint;
+//! use nics_core::generate::{Generator, Prompt, Request, collect};
+//! use nics_core::models::load_vlm;
+//! use nics_core::vision::{Media, Processor, picture};
+//! use tch::{Device, Kind};
+//! # fn main() -> nics_core::Result<()> {
+//! let checkpoint = Checkpoint::open("Qwen/Qwen2-VL-2B-Instruct")?;
+//! let (processor, model) =
+//!     (Processor::open(&checkpoint)?, load_vlm(&checkpoint, Device::Cpu, Kind::BFloat16)?);
+//! // The chat template's rendering, with one placeholder where the image is to be.
+//! let ids: Vec<u32> = vec![151652, 151655, 151653, 74785, 419, 2168, 13];
+//! let image = Media::Image(picture::open("photo.jpg")?);
+//! let prompt = model.embed_prompt(&processor.prompt(&ids, &[image])?)?;
+//! let request = Request { prompt: Prompt::Embedded(prompt), ..Request::greedy(Vec::new(), 64, &[151645]) };
+//! let mut cache = DenseCache::new();
+//! let tokens = collect(&mut Generator::new(&model, &mut cache), [request], 1)?;
+//! # Ok(()) }
+//! ```
 
 mod config;
 mod error;

@@ -14,8 +14,10 @@ use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 
 use super::VisionError;
 
-/// The most pixels that are decoded.
+/// The most pixels that are decoded, and that an image is enlarged to.
 pub const MAX_PIXELS: u64 = 178_956_970;
+/// The longest edge that is decoded, in pixels.
+pub const MAX_EDGE: u32 = (1 << 16) - 1;
 /// The most bytes that a file or a data URL may have.
 const MAX_BYTES: u64 = 256 << 20;
 
@@ -77,6 +79,15 @@ pub fn from_data_url(url: &str) -> Result<RgbImage, VisionError> {
     decode_named(&bytes, "the image of the data URL")
 }
 
+/// Refuses a size beyond [`MAX_PIXELS`] or [`MAX_EDGE`].
+pub(super) fn check_size(what: &str, width: u32, height: u32) -> Result<(), VisionError> {
+    if u64::from(width) * u64::from(height) > MAX_PIXELS || width.max(height) > MAX_EDGE {
+        let (what, max, max_edge) = (what.to_owned(), MAX_PIXELS, MAX_EDGE);
+        return Err(VisionError::TooLarge { what, width, height, max, max_edge });
+    }
+    Ok(())
+}
+
 fn decode_named(bytes: &[u8], what: &str) -> Result<RgbImage, VisionError> {
     let failed =
         |e: &dyn std::fmt::Display| VisionError::Decode { what: what.to_owned(), reason: e.to_string() };
@@ -86,9 +97,7 @@ fn decode_named(bytes: &[u8], what: &str) -> Result<RgbImage, VisionError> {
     if width == 0 || height == 0 {
         return Err(VisionError::Empty { what: what.to_owned() });
     }
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
-        return Err(VisionError::TooLarge { what: what.to_owned(), width, height, max: MAX_PIXELS });
-    }
+    check_size(what, width, height)?;
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| failed(&e))?;
     image.apply_orientation(orientation);

@@ -3,7 +3,9 @@
 use image::RgbImage;
 use image::imageops;
 
+use super::VisionError;
 use super::config::Pixels;
+use super::picture::check_size;
 
 /// The rectangle of `width` x `height` at `left`, `top`, which may reach beyond the image: black is there.
 pub fn crop(image: &RgbImage, left: i64, top: i64, width: u32, height: u32) -> RgbImage {
@@ -25,11 +27,15 @@ pub fn on_ground(
 }
 
 /// The image in the middle of a square of one colour.
-pub fn square(image: &RgbImage, colour: [u8; 3]) -> RgbImage {
+///
+/// # Errors
+/// A square of more than [`MAX_PIXELS`](super::picture::MAX_PIXELS).
+pub fn square(image: &RgbImage, colour: [u8; 3]) -> Result<RgbImage, VisionError> {
     let (width, height) = image.dimensions();
     let side = width.max(height);
+    check_size("the image filled up to a square", side, side)?;
     let middle = |n: u32| i64::from((side - n) / 2);
-    on_ground(image, middle(width), middle(height), side, side, colour)
+    Ok(on_ground(image, middle(width), middle(height), side, side, colour))
 }
 
 /// Adds the image's planes `[3, height, width]` to `out`, rescaled and normalised.

@@ -9,6 +9,7 @@ use image::RgbImage;
 use serde::Deserialize;
 
 use super::VisionError;
+use super::picture::check_size;
 
 /// The filters of Pillow's `Resampling`, by the numbers that preprocessor_config.json writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -131,7 +132,7 @@ const HALF: i32 = 1 << (PRECISION - 1);
 /// The image at `width` x `height`, in pixels.
 ///
 /// # Errors
-/// An image or a target without a pixel.
+/// An image or a target without a pixel, or one of more than [`MAX_PIXELS`](super::picture::MAX_PIXELS).
 pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> Result<RgbImage, VisionError> {
     let (from_width, from_height) = image.dimensions();
     if [from_width, from_height, width, height].contains(&0) {
@@ -139,6 +140,8 @@ pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> Resu
             what: format!("resizing {from_width}x{from_height} to {width}x{height}"),
         });
     }
+    // Between the passes, too.
+    check_size("the resized image", width, height.max(from_height))?;
     let mut pixels = image.as_raw().clone();
     if width != from_width {
         pixels = along_rows(&pixels, from_width as usize, &taps(from_width as usize, width as usize, filter));

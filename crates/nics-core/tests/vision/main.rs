@@ -3,6 +3,7 @@
 
 mod kit;
 mod parity;
+mod pictures;
 mod recorded;
 mod seams;
 mod wrong;

@@ -12,7 +12,8 @@ use nics_core::seam::{KvCache, Ragged};
 use nics_core::vision::frames::{self, QwenFrames};
 use nics_core::vision::resize::{Filter, resize};
 use nics_core::vision::{
-    Layout, MediaPrompt, Placeholders, Prepared, RgbImage, TokenKind, patches, smart_resize,
+    Layout, Media, MediaPrompt, Placeholders, Prepared, RgbImage, TokenKind, patches, smart_resize,
+    video_range,
 };
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
@@ -347,4 +348,26 @@ fn frames_of_llava_and_minicpm() {
         let found = frames::minicpm(frames, fps, n("max_frames")).unwrap();
         assert_eq!(found, indices("minicpm_indices"), "{frames} frames");
     }
+}
+
+#[test]
+fn videos_of_qwen_are_sized_and_cut() {
+    let f = super::kit::fixture("qwen2-vl");
+    // Of three frames the last is repeated; 96 x 104 pixels are whole tokens of 8 pixels and within the range.
+    let frame = |shade: u8| RgbImage::from_pixel(104, 96, image::Rgb([shade; 3]));
+    let frames = vec![frame(10), frame(90), frame(200)];
+    let media = [Media::Video { frames, interval: 0.5 }];
+    let prepared = f.processor.prepare(&media).unwrap().remove(0);
+    assert_eq!(prepared.layout, Layout::Patches { grid: [2, 24, 26], seconds: 1.0 });
+    assert_eq!((prepared.tokens, prepared.kind), (2 * 12 * 13, TokenKind::Video));
+    let patches = prepared.pixels.view([2, -1, 3, 2, 16]);
+    let shade = |moment: i64, frame: i64| patches.get(moment).get(0).get(0).get(frame).double_value(&[0]);
+    assert!(shade(0, 0) < shade(0, 1) && shade(0, 1) < shade(1, 0));
+    assert!((shade(1, 0) - shade(1, 1)).abs() < f64::EPSILON);
+
+    // 128 to 768 tokens a frame; of many frames all share nine tenths of 128,000 tokens; but 1.05 times the least remain.
+    let token = 28 * 28;
+    assert_eq!(video_range(2, 28), (128 * token, 768 * token));
+    assert_eq!(video_range(768, 28).1, 115_200 * token * 2 / 768);
+    assert_eq!(video_range(2000, 28), (128 * token, 105_369));
 }

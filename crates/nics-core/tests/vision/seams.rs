@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use nics_core::Result;
 use nics_core::cache::NoCache;
 use nics_core::checkpoint::{Checkpoint, TensorPath};
-use nics_core::models::{Batch, Input, Model, Vlm, load_vlm_at};
+use nics_core::models::{Batch, Input, Model, Vlm, load_vlm, load_vlm_at};
 use nics_core::nn::Linear;
-use nics_core::seam::SeqId;
+use nics_core::seam::{LayerHook, Point, Ragged, Reduced, Rows, SeqId};
 use tch::{Device, Kind, Tensor};
 
 use super::kit::{Fixture, assert_relative, fixture, fixtures};
@@ -149,5 +150,76 @@ fn nothing_of_a_checkpoint_is_left_unread() {
         let root = checkpoint.root(Device::Cpu, Kind::Float);
         load_vlm_at(checkpoint.config_json(), &root).unwrap();
         assert!(root.unread().is_empty(), "{}: {:?}", f.name, root.unread());
+    }
+}
+
+/// Keeps rows that `keep` names before the first layer.
+struct Keep(Vec<usize>);
+
+impl LayerHook for Keep {
+    fn at(&mut self, p: Point, rows: &Rows, _scores: Option<&[Tensor]>) -> Result<Option<Reduced>> {
+        if p != Point::Embeddings {
+            // Positions in time, height and width go with their rows.
+            assert_eq!(rows.ragged.planes().map(<[_]>::len), Some(self.0.len()));
+            return Ok(None);
+        }
+        let kept: Vec<i64> = self.0.iter().map(|&row| row as i64).collect();
+        let x = rows.x.f_index_select(0, &Tensor::from_slice(&kept))?;
+        Ok(Some(Reduced { x, kept: vec![self.0.clone()] }))
+    }
+}
+
+#[test]
+fn a_hook_shortens_what_stands_in_time_and_space() {
+    let _no_grad = tch::no_grad_guard();
+    for name in ["qwen2-vl", "qwen2.5-vl"] {
+        let f = fixture(name);
+        let embedded = f.model.embed_prompt(&f.prompt(&f.cases.prompts[0])).unwrap();
+        let kept: Vec<usize> = (0..embedded.ids.len()).filter(|row| row % 3 != 1).collect();
+        let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
+        let shortened = f.model.forward(&batch, &mut NoCache::new(), Some(&mut Keep(kept.clone()))).unwrap();
+
+        let planes = &embedded.rotary.as_ref().unwrap().planes;
+        let positions = kept.iter().map(|&row| row as i64).collect();
+        let few = Ragged::new(vec![(SeqId(0), positions)])
+            .with_planes(kept.iter().map(|&row| planes[row]).collect())
+            .unwrap();
+        let index: Vec<i64> = kept.iter().map(|&row| row as i64).collect();
+        let x = embedded.embeddings.index_select(0, &Tensor::from_slice(&index));
+        let alone = f.model.forward(&Batch::new(few, Input::Embeds(&x)), &mut NoCache::new(), None).unwrap();
+        assert_relative(name, &shortened.hidden, &alone.hidden, 1e-6);
+        assert_eq!(shortened.rows.planes().unwrap().len(), kept.len());
+    }
+}
+
+#[test]
+fn half_precision_is_near() {
+    for f in fixtures() {
+        let checkpoint = Checkpoint::open_dir(&f.dir).unwrap();
+        let model = load_vlm(&checkpoint, Device::Cpu, Kind::BFloat16).unwrap();
+        let (near, exact) = (logits(&model, &f), logits(&f.model, &f));
+        assert_eq!(near.kind(), Kind::BFloat16);
+        assert_relative(&f.name, &near, &exact, 0.1);
+    }
+}
+
+#[test]
+fn gradients_reach_towers_and_projectors() {
+    for mut f in fixtures() {
+        let mut parameters = Vec::new();
+        f.model
+            .visit_parameters(&mut |key, tensor| {
+                *tensor = tensor.copy().set_requires_grad(true);
+                parameters.push((key.to_owned(), tensor.shallow_clone()));
+                Ok(())
+            })
+            .unwrap();
+        let embedded = f.model.embed_prompt(&f.prompt(&f.cases.prompts[0])).unwrap();
+        let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
+        let out = f.model.forward(&batch, &mut NoCache::new(), None).unwrap();
+        f.model.logits(&out.hidden).unwrap().square().sum(Kind::Float).backward();
+        for (key, tensor) in parameters {
+            assert!(tensor.grad().defined(), "{}: {key}", f.name);
+        }
     }
 }

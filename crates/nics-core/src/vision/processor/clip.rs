@@ -31,10 +31,9 @@ impl ClipProcessor {
         let config = llava::Config::parse(json)?;
         let side = u32::try_from(config.vision.image_size).unwrap_or(0);
         let siglip = preprocessor.image_processor_type.as_deref().is_some_and(|t| t.starts_with("Siglip"));
-        let own = PreprocessorConfig::default();
         let (mean, std) = if siglip { ([0.5; 3], [0.5; 3]) } else { (CLIP_MEAN, CLIP_STD) };
         let crops = preprocessor.do_center_crop.unwrap_or(!siglip);
-        let crop = preprocessor.crop_size.or(own.crop_size).unwrap_or(Size::Edge(side)).edges("crop_size")?;
+        let crop = preprocessor.crop_size.unwrap_or(Size::Edge(side)).edges("crop_size")?;
         Ok(Self {
             size: preprocessor
                 .do_resize
@@ -73,8 +72,11 @@ impl ClipProcessor {
     }
 
     fn picture(&self, image: &RgbImage) -> Result<RgbImage> {
-        let mut image =
-            if self.pad { square(image, self.pixels.mean.map(|m| (m * 255.0) as u8)) } else { image.clone() };
+        let mut image = if self.pad {
+            square(image, self.pixels.mean.map(|m| (m * 255.0) as u8))?
+        } else {
+            image.clone()
+        };
         if let Some(size) = self.size {
             let (height, width) = match size {
                 Size::Shortest { shortest_edge } | Size::Edge(shortest_edge) => {
@@ -105,6 +107,6 @@ fn shortest(height: u32, width: u32, edge: u32) -> (u32, u32) {
     let (short, long) = (height.min(width), height.max(width));
     // In whole numbers, divided once, as the reference does.
     let long = (u64::from(edge) * u64::from(long)) as f64 / f64::from(short);
-    let long = (long as u32).max(1);
+    let long = (long as u32).max(edge);
     if width <= height { (long, edge) } else { (edge, long) }
 }

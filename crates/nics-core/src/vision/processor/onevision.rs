@@ -53,7 +53,7 @@ impl OneVisionProcessor {
                     Media::Image(image) if images == 1 => self.tiles(image),
                     Media::Image(image) => {
                         let colour = self.pixels.mean.map(|m| (m * 255.0) as u8);
-                        self.frames(&[square(image, colour)], TokenKind::Image)
+                        self.frames(&[square(image, colour)?], TokenKind::Image)
                     }
                     Media::Video { .. } => self.frames(frames, TokenKind::Video),
                 }

@@ -7,6 +7,7 @@ use tch::Tensor;
 use crate::Result;
 use crate::models::{qwen2_5_vl, qwen2_vl};
 use crate::vision::config::{CLIP_MEAN, CLIP_STD, Pixels, PreprocessorConfig, Size, senseless};
+use crate::vision::picture::MAX_PIXELS;
 use crate::vision::pixels::planes;
 use crate::vision::resize::{Filter, resize};
 use crate::vision::{Layout, Media, Placeholders, Prepared, VisionError};
@@ -65,10 +66,11 @@ impl QwenProcessor {
             (fewest, most) = (shortest_edge, longest_edge);
         }
         let range = (preprocessor.min_pixels.unwrap_or(fewest), preprocessor.max_pixels.unwrap_or(most));
-        if range.0 == 0 || range.0 > range.1 {
+        if range.0 == 0 || range.0 > range.1 || range.0 > MAX_PIXELS {
+            let most = range.1.min(MAX_PIXELS);
             return Err(senseless(
                 "min_pixels",
-                format!("is {}, expected a number between 1 and max_pixels {}", range.0, range.1),
+                format!("is {}, expected a number between 1 and {most} (max_pixels)", range.0),
             ));
         }
         Ok(Self {
