@@ -5,7 +5,7 @@ use nics_core::cache::{DenseCache, attend_one};
 use nics_core::checkpoint::TensorPath;
 use nics_core::golden::difference;
 use nics_core::models::{self, Batch, Decoder, Input, Model};
-use nics_core::nn::{Linear, RopeConfig, RopeScaling, Rotary};
+use nics_core::nn::{Linear, RopeConfig, Rotary};
 use nics_core::seam::{KvCache, Mask, Projection, Ragged, Site};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -66,7 +66,7 @@ proptest! {
         new in prop::collection::vec(1usize..=16, 5), seed in 0i64..1000,
     ) {
         let (kind, d, heads) = (KINDS[kind], 2 * half, kv_heads * group);
-        let rope = RopeConfig { theta: 1e4, head_dim: d, max_positions: 4096, scaling: RopeScaling::None };
+        let rope = RopeConfig::parse(1e4, d, 4096, None).unwrap();
         let rotary = Rotary::new(rope, Device::Cpu);
         let mask = [Mask::Causal, Mask::Window(w), Mask::Full][mask];
         let mut cache = DenseCache::new();
