@@ -199,6 +199,7 @@ impl Run<'_, '_> {
 
     fn sensitivity(&mut self, sums: &mut Sums) -> Result<Sensitivity> {
         let total = self.batch.samples() as usize;
+        let begun = sums.position.samples;
         while sums.position.samples < total {
             self.step(Stage::Sensitivity, sums.position.samples, total)?;
             let sample = sums.position.samples;
@@ -211,7 +212,9 @@ impl Run<'_, '_> {
             sums.position.samples += 1;
             sums.save()?;
         }
-        (self.running.progress)(Progress { stage: Stage::Sensitivity, done: total, total });
+        if begun < total {
+            (self.running.progress)(Progress { stage: Stage::Sensitivity, done: total, total });
+        }
         Sensitivity::from_sums(self.batch, sums.gradients(), sums.position.answered)
     }
 
@@ -236,7 +239,6 @@ impl Run<'_, '_> {
         let total = self.decoder.layers.len();
         let mut found = Vec::with_capacity(total);
         for (l, weighing) in weighings.iter().enumerate() {
-            self.step(Stage::Search, l, total)?;
             let weights = LayerWeights::of(&mut self.decoder.layers[l])?;
             let operators = operators(&weights)?;
             let ops = if let Some(ops) = sums.layer(l, self.names, &operators)? {
@@ -245,6 +247,7 @@ impl Run<'_, '_> {
                 }
                 ops
             } else {
+                self.step(Stage::Search, l, total)?;
                 let (seating, float_ref, rounded_ref) = (&self.seating, &float, &rounded);
                 let chunk = |n: usize| -> Result<Chunk> {
                     let (from, to) = chunks[n];
