@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail};
 use nics_base::interrupt::Interrupt;
 use serde::Deserialize;
 
+use crate::doctor;
 use crate::process::{ended, run, run_ok, shown, start, wait};
+use crate::setup;
 use crate::workspace::Workspace;
 
 /// `cargo` in the workspace, the one that runs us if there is one.
@@ -25,14 +27,26 @@ fn cargo(ws: &Workspace) -> Command {
     command
 }
 
-/// Formatting, lints, documentation, and dependencies where cargo-deny is installed. Runs all and names what failed.
+/// Tests that compile CUDA sources when they know an NVRTC; without a GPU that is what can be held of them.
+const NVRTC_TESTS: [&[&str]; 2] = [
+    &["test", "--package", "nics-cuda", "--test", "nvrtc"],
+    &["test", "--package", "pm-kvq", "--test", "device", "nvrtc"],
+];
+
+/// Formatting, lints, documentation, CUDA sources, and dependencies where cargo-deny is installed. Runs all and names what
+/// failed.
 pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
     let mut failed = Vec::new();
+    // Named by `NICS_NVRTC`, it has to be there: the tests then fail rather than pass without it.
+    let nvrtc = setup::nvrtc(ws, interrupt);
     let mut step = |args: &[&str], docs: bool| -> Result<()> {
         let mut command = cargo(ws);
         command.args(args);
         if docs {
             command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        if let Ok(folder) = &nvrtc {
+            command.env("NICS_NVRTC", folder);
         }
         eprintln!("$ {}", shown_short(&command));
         if !run(&mut command, interrupt)?.success() {
@@ -43,6 +57,11 @@ pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
     step(&["fmt", "--all", "--check"], false)?;
     step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], false)?;
     step(&["doc", "--no-deps", "--workspace"], true)?;
+    if nvrtc.is_ok() {
+        for test in NVRTC_TESTS {
+            step(test, false)?;
+        }
+    }
     let deny = cargo(ws).args(["deny", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if deny.is_ok_and(|s| s.success()) {
         step(&["deny", "check"], false)?;
@@ -51,6 +70,10 @@ pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
             "cargo-deny is not installed: licences and advisories were not checked (`cargo install cargo-deny`)"
         );
     }
+    if let Err(e) = nvrtc {
+        interrupt.check()?;
+        failed.push(format!("CUDA sources were not compiled: {e:#}"));
+    }
     if !failed.is_empty() {
         bail!("{} of the checks failed: {}", failed.len(), failed.join("; "));
     }
@@ -58,12 +81,21 @@ pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
     Ok(())
 }
 
-/// The tests of the workspace; `long` adds those marked `#[ignore = "long"]`.
+/// How names of tests begin that need a GPU.
+const ON_A_GPU: &str = "on_a_gpu";
+
+/// The tests of the workspace; `long` adds those marked `#[ignore]`.
 pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
     let mut command = cargo(ws);
     command.args(["test", "--workspace"]);
     if long {
         command.args(["--", "--include-ignored"]);
+        if !doctor::has_cuda(ws) {
+            eprintln!(
+                "without an NVIDIA driver and `cargo xtask setup --cuda` the tests on a GPU are not run"
+            );
+            command.args(["--skip", ON_A_GPU]);
+        }
     }
     if env::var_os("OMP_NUM_THREADS").is_none() {
         // Tests run side by side: threads of their own would only wait for each other.

@@ -1,7 +1,7 @@
 //! `cargo xtask doctor`: what this machine has, and what to mend.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail};
@@ -104,20 +104,31 @@ fn python(ws: &Workspace) -> Finding {
     }
 }
 
+/// Whether there is a driver of NVIDIA's, and a libtorch that can use it.
+pub fn has_cuda(ws: &Workspace) -> bool {
+    driver().is_some() && has_libtorch_cuda(ws)
+}
+
+fn has_libtorch_cuda(ws: &Workspace) -> bool {
+    ws.libtorch().join("lib/libtorch_cuda.so").exists()
+}
+
+fn driver() -> Option<PathBuf> {
+    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"]
+        .map(|dir| Path::new(dir).join("libcuda.so.1"))
+        .into_iter()
+        .find(|p| p.exists())
+}
+
 fn cuda(ws: &Workspace) -> Finding {
-    let driver =
-        ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"]
-            .map(|dir| Path::new(dir).join("libcuda.so.1"))
-            .into_iter()
-            .find(|p| p.exists());
-    let library = ws.libtorch().join("lib/libtorch_cuda.so").exists();
+    let library = has_libtorch_cuda(ws);
     let card = which(&["nvidia-smi"]).and_then(|smi| {
         let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"];
         let output = Command::new(smi).args(query).output().ok().filter(|o| o.status.success())?;
         let text = String::from_utf8_lossy(&output.stdout).trim().replace('\n', "; ");
         (!text.is_empty()).then_some(text)
     });
-    let card = card.or_else(|| driver.map(|d| format!("driver {}", d.display())));
+    let card = card.or_else(|| driver().map(|d| format!("driver {}", d.display())));
     match (card, library) {
         (Some(card), true) => found("CUDA", State::Good, format!("{card}; libtorch has CUDA")),
         (Some(card), false) => {

@@ -173,6 +173,36 @@ fn install(ws: &Workspace, kind: Kind, folder: &Path, compiler: &Path, interrupt
     Ok(())
 }
 
+/// The folder of NVRTC, which compiles CUDA kernels: the one that `NICS_NVRTC` names, the one of a full libtorch, or one of the
+/// cache, filled by a download where it has to be.
+pub fn nvrtc(ws: &Workspace, interrupt: &Interrupt) -> Result<PathBuf> {
+    if let Some(own) = env::var_os("NICS_NVRTC").filter(|v| !v.is_empty()) {
+        return Ok(std::path::absolute(own)?);
+    }
+    let (library, requirement) = download::NVRTC;
+    let of_torch = ws.libtorch().join("site/nvidia/cu13/lib");
+    let folder = ws.cache.join(requirement.replace("==", "-"));
+    let has = |folder: &Path| folder.join(library).exists();
+    if has(&of_torch) {
+        return Ok(of_torch);
+    }
+    if has(&folder) {
+        return Ok(folder);
+    }
+    supported_platform()?;
+    let python = find_python()?;
+    let _turn = take_turn(&ws.cache, interrupt)?;
+    if !has(&folder) {
+        download::check_bytes(&ws.cache, download::NVRTC_SPACE)?;
+        let fresh = AtomicDir::create(&folder)?;
+        let wheels = ws.cache.join(download::WHEELS);
+        download::fill_nvrtc(&python, &wheels, fresh.path(), interrupt)?;
+        fresh.commit()?;
+        let _ = fs::remove_dir_all(wheels);
+    }
+    Ok(folder)
+}
+
 /// Removes what a killed set-up left half done. Called while holding the lock, so nobody is working there.
 fn clean_leftovers(cache: &Path) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {

@@ -293,3 +293,60 @@ fn an_unknown_crate_is_named_before_anything_is_downloaded() {
     assert!(e.contains("there is no crate \"nope\"; the crates are: megrez"), "{e}");
     nothing_usable(&sandbox);
 }
+
+/// The wheel of NVRTC, and what its libraries are; every other wheel is torch's.
+fn with_nvrtc(sandbox: &Sandbox, download: &str) {
+    let count = sandbox.path("downloads").display().to_string();
+    sandbox.program(
+        "python3",
+        &format!(
+            r#"
+if [ "$1" = -c ]; then mkdir -p $5; touch $5/libnvrtc.so.13 $5/libnvrtc-builtins.so.13.0; exit 0; fi
+[ "$3" = --version ] && exit 0
+echo x >> {count}
+while [ $# -gt 1 ]; do if [ "$1" = -d ]; then dir=$2; fi; shift; done
+mkdir -p $dir
+{download}
+"#
+        ),
+    );
+}
+
+/// `check` with a libtorch that is there, and a cargo that writes down what it is asked and where NVRTC is.
+fn checked(sandbox: &Sandbox, code: i32) -> (String, String) {
+    let asked = sandbox.path("asked");
+    sandbox.program("cargo", &format!("echo \"$1 $2 $3 NVRTC=$NICS_NVRTC\" >> {}", asked.display()));
+    let own = own_libtorch(sandbox, VERSION_HEADER);
+    let mut check = sandbox.bare(&["check"]);
+    check.env("LIBTORCH", own).env("CARGO", sandbox.path("bin/cargo")).env_remove("NICS_NVRTC");
+    (ends_with(&mut check, code), fs::read_to_string(asked).unwrap())
+}
+
+#[test]
+fn check_fetches_nvrtc_once_and_compiles_cuda_sources_with_it() {
+    let sandbox = machine();
+    with_nvrtc(&sandbox, "printf whole > $dir/nvidia_cuda_nvrtc-13.0.88-py3-none-linux.whl");
+    for _ in 0..2 {
+        let (_, asked) = checked(&sandbox, 0);
+        let folder = sandbox.cache().join("nvidia-cuda-nvrtc-13.0.88");
+        for package in ["nics-cuda", "pm-kvq"] {
+            let line = format!("test --package {package} NVRTC={}", folder.display());
+            assert!(asked.lines().any(|l| l == line), "{asked}");
+        }
+        assert!(folder.join("libnvrtc.so.13").exists());
+    }
+    assert_eq!(lines(&sandbox.path("downloads")), 1);
+}
+
+#[test]
+fn check_fails_where_nvrtc_cannot_be_had() {
+    let sandbox = machine();
+    with_nvrtc(&sandbox, "exit 1");
+    let (e, asked) = checked(&sandbox, 1);
+    assert!(
+        e.contains("1 of the checks failed: CUDA sources were not compiled: pip could not download"),
+        "{e}"
+    );
+    assert!(asked.starts_with("fmt") && !asked.contains("test "), "{asked}");
+    assert!(!sandbox.cache().join("nvidia-cuda-nvrtc-13.0.88").exists());
+}

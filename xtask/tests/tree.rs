@@ -7,8 +7,8 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates that are no methods: what methods are built on, and the tools around them.
-const SHARED: [&str; 6] =
-    ["nics-base", "nics-benches", "nics-core", "nics-datasets", "nics-kernels", "xtask"];
+const SHARED: [&str; 7] =
+    ["nics-base", "nics-benches", "nics-core", "nics-cuda", "nics-datasets", "nics-kernels", "xtask"];
 
 /// The methods of the project, those to come included: the core must not know their names.
 const METHODS: [&str; 10] = [

@@ -23,6 +23,8 @@ pub const WHEELS: &str = "wheels.tmp";
 /// The small CUDA libraries that `libtorch_cpu.so` is linked to, with the wheels that torch 2.11.0 pins.
 const BESIDE: [(&str, &str); 2] =
     [("libcudart.so.13", "nvidia-cuda-runtime==13.0.96"), ("libcupti.so.13", "nvidia-cuda-cupti==13.0.85")];
+/// The compiler of CUDA kernels that torch 2.11.0 pins, and its library.
+pub const NVRTC: (&str, &str) = ("libnvrtc.so.13", "nvidia-cuda-nvrtc==13.0.88");
 /// Libraries of the wheel that a CPU does not use: CUDA's, Python's, and helpers of Python's multiprocessing.
 const NOT_FOR_CPU: [&str; 6] = ["cuda", "nvrtc", "nvshmem", "python", "libshm", "global_deps"];
 
@@ -39,8 +41,13 @@ fn space_needed(kind: Kind) -> u64 {
 
 /// Looks at the free space before anything is downloaded.
 pub fn check_space(cache: &Path, kind: Kind) -> Result<()> {
+    check_bytes(cache, space_needed(kind))
+}
+
+/// As [`check_space`], for so many bytes.
+pub fn check_bytes(cache: &Path, needed: u64) -> Result<()> {
     let Some(free) = free_bytes(cache) else { return Ok(()) };
-    enough_space(cache, free, space_needed(kind))
+    enough_space(cache, free, needed)
 }
 
 fn enough_space(cache: &Path, free: u64, needed: u64) -> Result<()> {
@@ -105,17 +112,40 @@ pub fn pytorch_of_python() -> Result<PathBuf> {
     Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
+/// Space for the wheel of [`NVRTC`] and its libraries at once.
+pub const NVRTC_SPACE: u64 = 400_000_000;
+
 /// Downloads what `kind` needs and lays it out in `into` as `include/` and `lib/`.
 pub fn fill(python: &Path, kind: Kind, wheels: &Path, into: &Path, interrupt: &Interrupt) -> Result<()> {
-    // pip's unfinished files; the finished wheels beside them stay.
-    let scratch = wheels.join("pip");
-    let _ = fs::remove_dir_all(&scratch);
-    fs::create_dir_all(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
+    let scratch = emptied(wheels)?;
     let pip = Pip { python, wheels, scratch: &scratch, interrupt };
     match kind {
         Kind::Cpu => fill_cpu(&pip, into),
         Kind::Cuda => fill_cuda(&pip, into),
     }
+}
+
+/// Downloads NVRTC and lays its libraries out in `into`.
+pub fn fill_nvrtc(python: &Path, wheels: &Path, into: &Path, interrupt: &Interrupt) -> Result<()> {
+    let (library, requirement) = NVRTC;
+    let scratch = emptied(wheels)?;
+    let pip = Pip { python, wheels, scratch: &scratch, interrupt };
+    eprintln!("downloading {requirement} (0.1 GB)");
+    let wheel = pip.download(requirement)?;
+    // The wheel holds everything twice, the second time built for older processors.
+    pip.unpack(&wheel, "*/libnvrtc*.so*", into, true, &[".alt.".into()])?;
+    if !into.join(library).exists() {
+        bail!("{} holds no {library}; report this, and set NICS_NVRTC to go on", wheel.display());
+    }
+    Ok(())
+}
+
+/// The folder of pip's unfinished files; the finished wheels beside it stay.
+fn emptied(wheels: &Path) -> Result<PathBuf> {
+    let scratch = wheels.join("pip");
+    let _ = fs::remove_dir_all(&scratch);
+    fs::create_dir_all(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
+    Ok(scratch)
 }
 
 fn fill_cpu(pip: &Pip, into: &Path) -> Result<()> {
