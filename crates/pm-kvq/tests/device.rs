@@ -97,7 +97,7 @@ proptest! {
             sequences.iter().enumerate().map(|(s, of)| blocks(&layout, of, seed ^ (s as u64) << 40)).collect();
         let scale = sharp / (head_dim as f32).sqrt();
         let shape = [stored.len() as i64, layout.queries as i64, head_dim as i64];
-        let q = random(shape.iter().product::<i64>() as usize, seed ^ 77);
+        let q = random(shape.iter().product::<i64>() as usize, seed ^ 0x77);
         let expected = Tensor::from_slice(&scalar(&layout, &q, scale, &stored)).reshape(shape);
         let on_device: Vec<Pages> = stored.iter().map(|blocks| pages(layout, blocks, Device::Cpu)).collect();
         let attention = Attention::new(layout, Device::Cpu).unwrap();

@@ -126,8 +126,8 @@ impl Attention {
     /// device reports.
     pub fn halve(&self, pages: &mut Pages, which: std::ops::Range<usize>) -> Result<()> {
         self.own(pages)?;
-        let count = pages.pages.len();
-        let Some(pages) = pages.pages.get_mut(which.clone()) else {
+        let count = pages.all.len();
+        let Some(pages) = pages.all.get_mut(which.clone()) else {
             return Err(Error::Input(format!("pages {which:?} are to be halved, and there are {count}")));
         };
         if let Some(i) = pages.iter().position(|page| page.bits() == Bits::B2) {

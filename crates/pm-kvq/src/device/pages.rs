@@ -109,7 +109,7 @@ impl Page {
 pub struct Pages {
     layout: Layout,
     device: Device,
-    pub(super) pages: Vec<Page>,
+    pub(super) all: Vec<Page>,
 }
 
 impl Pages {
@@ -119,7 +119,7 @@ impl Pages {
     /// A layout that makes no sense.
     pub fn new(layout: Layout, device: Device) -> Result<Self> {
         layout.check()?;
-        Ok(Self { layout, device, pages: Vec::new() })
+        Ok(Self { layout, device, all: Vec::new() })
     }
 
     /// How they lie.
@@ -134,12 +134,12 @@ impl Pages {
 
     /// The pages, oldest first.
     pub fn pages(&self) -> &[Page] {
-        &self.pages
+        &self.all
     }
 
     /// Tokens in all pages.
     pub fn tokens(&self) -> usize {
-        self.pages.iter().map(|page| page.tokens).sum()
+        self.all.iter().map(|page| page.tokens).sum()
     }
 
     /// Bytes of rows, scales and zeros.
@@ -149,7 +149,7 @@ impl Pages {
             let own = if page.parameters.is_some() { parameters } else { 0 };
             page.bits.bytes(self.layout.rows() * self.layout.head_dim) + own
         };
-        self.pages.iter().map(of_page).sum()
+        self.all.iter().map(of_page).sum()
     }
 
     /// Appends tokens as exact rows: into the last page while it is exact and has room, then into new ones.
@@ -173,11 +173,11 @@ impl Pages {
         let mut done = 0;
         while done < n {
             let open = |page: &Page| page.bits == Bits::B16 && page.tokens < capacity;
-            if !self.pages.last().is_some_and(open) {
+            if !self.all.last().is_some_and(open) {
                 let rows = Tensor::f_zeros(self.layout.shape(head_dim), (self.layout.kind(), self.device))?;
-                self.pages.push(Page { bits: Bits::B16, tokens: 0, rows, parameters: None });
+                self.all.push(Page { bits: Bits::B16, tokens: 0, rows, parameters: None });
             }
-            let Some(page) = self.pages.last_mut() else { break };
+            let Some(page) = self.all.last_mut() else { break };
             let now = (capacity - page.tokens).min(n - done);
             let mut to = page.rows.f_narrow(2, page.tokens as i64, now as i64)?;
             to.f_copy_(&both.f_narrow(2, done as i64, now as i64)?)?;
@@ -216,7 +216,7 @@ impl Pages {
         let [_, heads, page, last] = self.layout.shape(self.layout.groups());
         let parameters = Tensor::f_from_slice(&[scales, zeros].concat())?.f_to_device(self.device)?;
         let parameters = Some(parameters.f_reshape([2, 2, heads, page, last])?);
-        self.pages.push(Page { bits, tokens, rows, parameters });
+        self.all.push(Page { bits, tokens, rows, parameters });
         Ok(())
     }
 }
