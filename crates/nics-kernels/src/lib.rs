@@ -8,6 +8,7 @@
 //! | [`pool`] | threads that spin briefly, then park; one pool for each thread that computes |
 //! | [`isa`] | which instructions the processor has |
 //! | [`gemv`] | matrix times a few vectors, f32, bf16 and f16 |
+//! | [`packed`] | the same with weights of 2, 3, 4 or 8 bits, and any number of rows |
 //! | [`attention`] | attention of one new row over dense keys and values, each read once for its group of query heads |
 //! | [`norm`], [`rotary`], [`gate`] | root-mean-square norm, rotary embedding, the gate of an MLP |
 //! | [`largest`](mod@largest) | the largest logits of a vocabulary |
@@ -30,6 +31,7 @@ pub mod lanes;
 pub mod largest;
 pub mod memory;
 pub mod norm;
+pub mod packed;
 pub mod pool;
 pub mod rotary;
 

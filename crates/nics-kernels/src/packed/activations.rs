@@ -1,0 +1,225 @@
+//! Activations as integers: once a call, for all matrices that they are multiplied with.
+
+use std::cell::RefCell;
+
+use super::matrix::UNIT;
+use crate::each_kind;
+use crate::element::{Element, Values};
+use crate::isa::Isa;
+
+/// How activations are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rounding {
+    /// 8 bits, a scale for every chunk of channels that share a weight scale (up to 128): `max |x| / 127`.
+    A8,
+    /// 16 bits, likewise: `max |x| / 32767`. Relative errors of 1e-5: for weights alone to be quantized.
+    A16,
+    /// 8 bits, a scale for every row: `max(max |x|, 1e-5) / 127`, as methods that quantize activations have it.
+    A8Row,
+}
+
+impl Rounding {
+    /// Whether a value takes two bytes.
+    pub(super) fn is_wide(self) -> bool {
+        self == Self::A16
+    }
+}
+
+/// A line of the cache.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Rows of integers, in quads of 4 channels. Of two bytes each, a quad has the order 0, 2, 1, 3: the products of even and
+/// odd bytes of weights are summed apart.
+#[derive(Debug, Default)]
+pub(super) struct Activations {
+    values: Vec<Line>,
+    /// Of each chunk of each row.
+    scales: Vec<f32>,
+    /// The sum of a chunk's integers.
+    sums: Vec<i32>,
+    /// Bytes of a row.
+    row: usize,
+    chunks: usize,
+    wide: bool,
+}
+
+thread_local! {
+    static OWN: RefCell<Activations> = RefCell::default();
+}
+
+/// Runs `work` with the activations `[rows, input]` in chunks of `chunk` units, in memory that the thread keeps.
+pub(super) fn with<R>(
+    isa: Isa,
+    x: Values,
+    rows: usize,
+    chunk: usize,
+    rounding: Rounding,
+    work: impl FnOnce(&Activations) -> R,
+) -> R {
+    OWN.with(|own| {
+        // A call inside a task of another has its own.
+        let mut taken = own.take();
+        each_kind!(x, Values, x => match isa {
+            Isa::Scalar => taken.fill(x, rows, chunk, rounding),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: whoever has AVX-512 has AVX2, and the caller has asserted that the processor has it.
+            _ => unsafe { fill_avx2(&mut taken, x, rows, chunk, rounding) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("asserted by the caller"),
+        });
+        let result = work(&taken);
+        own.replace(taken);
+        result
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn fill_avx2<T: Element>(
+    to: &mut Activations,
+    x: &[T],
+    rows: usize,
+    chunk: usize,
+    rounding: Rounding,
+) {
+    to.fill(x, rows, chunk, rounding);
+}
+
+impl Activations {
+    #[inline(always)]
+    fn fill<T: Element>(&mut self, x: &[T], rows: usize, chunk: usize, rounding: Rounding) {
+        let input = x.len() / rows;
+        let units = input.div_ceil(UNIT);
+        self.wide = rounding.is_wide();
+        self.chunks = units.div_ceil(chunk);
+        self.row = (units * UNIT * if self.wide { 2 } else { 1 }).next_multiple_of(64);
+        self.values.clear();
+        self.values.resize(rows * self.row / 64, Line([0; 64]));
+        self.scales.clear();
+        self.sums.clear();
+        // SAFETY: a line is its bytes and nothing else.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(self.values.as_mut_ptr().cast::<u8>(), self.values.len() * 64)
+        };
+        let mut wide = vec![0f32; input];
+        for (x, to) in x.chunks_exact(input).zip(bytes.chunks_exact_mut(self.row)) {
+            wide.iter_mut().zip(x).for_each(|(to, x)| *to = x.to_f32());
+            let whole = (rounding == Rounding::A8Row).then(|| largest(&wide).max(1e-5) / 127.0);
+            for (x, to) in
+                wide.chunks(chunk * UNIT).zip(to.chunks_mut(chunk * UNIT * if self.wide { 2 } else { 1 }))
+            {
+                let (scale, sum) = if self.wide {
+                    to_i16(x, to)
+                } else {
+                    to_i8(x, to, whole.unwrap_or_else(|| largest(x) / 127.0))
+                };
+                self.scales.push(scale);
+                self.sums.push(sum);
+            }
+        }
+    }
+
+    /// A row's integers.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> *const u8 {
+        // SAFETY: the row is within the values.
+        unsafe { self.values.as_ptr().cast::<u8>().add(row * self.row) }
+    }
+
+    /// Scale and sum of a chunk of a row.
+    #[inline(always)]
+    pub(super) fn of(&self, row: usize, chunk: usize) -> (f32, i32) {
+        let at = row * self.chunks + chunk;
+        (self.scales[at], self.sums[at])
+    }
+
+    /// The integer of channel `k` of a row.
+    #[inline(always)]
+    pub(super) fn get(&self, row: usize, k: usize) -> i32 {
+        let place = if self.wide { k / 4 * 4 + [0, 2, 1, 3][k % 4] } else { k };
+        let from = row * self.row + place * if self.wide { 2 } else { 1 };
+        let byte = |at: usize| self.values[at / 64].0[at % 64];
+        if self.wide {
+            i32::from(i16::from_le_bytes([byte(from), byte(from + 1)]))
+        } else {
+            i32::from(byte(from).cast_signed())
+        }
+    }
+}
+
+/// Word `i` of what lies at `x`.
+///
+/// # Safety
+/// There are 4 bytes.
+#[inline(always)]
+pub(super) unsafe fn word(x: *const u8, i: usize) -> i32 {
+    // SAFETY: the caller's.
+    i32::from_le_bytes(unsafe { x.add(4 * i).cast::<[u8; 4]>().read() })
+}
+
+/// The largest absolute value; what is no number counts as infinite, so that it shows in the results.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    // Sixteen maxima side by side become vector code.
+    let mut most = [0f32; 16];
+    let mut broken = false;
+    for part in x.chunks(16) {
+        for (most, x) in most.iter_mut().zip(part) {
+            *most = most.max(x.abs());
+            broken |= x.is_nan();
+        }
+    }
+    if broken { f32::INFINITY } else { most.into_iter().fold(0.0, f32::max) }
+}
+
+/// Adding it leaves the nearest integer, ties to even, in the low bits of a float32 of at most 22 bits.
+const MAGIC: f32 = 12_582_912.0;
+
+/// The nearest integer of a value of at most 22 bits, as vector code has it.
+#[inline(always)]
+fn round(x: f32) -> i32 {
+    (x + MAGIC).to_bits().cast_signed().wrapping_sub(MAGIC.to_bits().cast_signed())
+}
+
+/// Scale and sum of what cannot be rounded: nothing but zeros, or no numbers, which every product then is none either.
+#[inline(always)]
+fn without_values(scale: f32) -> Option<(f32, i32)> {
+    (scale == 0.0 || !scale.is_finite()).then_some((if scale == 0.0 { 0.0 } else { f32::NAN }, 0))
+}
+
+#[inline(always)]
+fn to_i8(x: &[f32], to: &mut [u8], scale: f32) -> (f32, i32) {
+    if let Some(nothing) = without_values(scale) {
+        return nothing;
+    }
+    let mut sum = 0;
+    for (x, to) in x.iter().zip(to) {
+        let q = round((x / scale).clamp(-128.0, 127.0));
+        sum += q;
+        *to = (q as i8).cast_unsigned();
+    }
+    (scale, sum)
+}
+
+#[inline(always)]
+fn to_i16(x: &[f32], to: &mut [u8]) -> (f32, i32) {
+    let scale = largest(x) / 32767.0;
+    if let Some(nothing) = without_values(scale) {
+        return nothing;
+    }
+    let mut sum = 0;
+    for (x, to) in x.chunks(4).zip(to.chunks_exact_mut(8)) {
+        let mut quad = [0i16; 4];
+        for (i, x) in x.iter().enumerate() {
+            let q = round((x / scale).clamp(-32767.0, 32767.0));
+            sum += q;
+            quad[[0, 2, 1, 3][i]] = q as i16;
+        }
+        for (q, to) in quad.into_iter().zip(to.chunks_exact_mut(2)) {
+            to.copy_from_slice(&q.to_le_bytes());
+        }
+    }
+    (scale, sum)
+}
