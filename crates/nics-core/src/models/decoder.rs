@@ -173,19 +173,23 @@ fn default_window_layers() -> usize {
     28
 }
 
+/// Refuses a configuration whose weights are quantized.
+pub(super) fn refuse_quantized(json: &Map<String, Value>) -> Result<()> {
+    let Some(method) = json.get("quantization_config").filter(|q| !q.is_null()) else { return Ok(()) };
+    let method = method.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+    Err(Error::Config(format!(
+        "the weights are quantized ({method}); this loader reads bf16, f16 and f32 weights: use the original \
+         checkpoint"
+    )))
+}
+
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1 << 16;
 
 impl RawConfig {
     /// Reads and checks the shared fields.
     pub fn parse(json: &Map<String, Value>) -> Result<Self> {
-        if let Some(method) = json.get("quantization_config").filter(|q| !q.is_null()) {
-            let method = method.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
-            return Err(Error::Config(format!(
-                "the weights are quantized ({method}); this loader reads bf16, f16 and f32 weights: use the original \
-                 checkpoint"
-            )));
-        }
+        refuse_quantized(json)?;
         let mut json = json.clone();
         // transformers 5 writes `rope_parameters`; a null beside it must not count as a second value.
         if json.get("rope_parameters").is_some_and(|v| !v.is_null()) {

@@ -10,10 +10,11 @@
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
+use super::decoder::refuse_quantized;
 use super::{Batch, Decoder, DecoderConfig, Model, ModelDims, Output, ProjectionVisitor};
 use super::{internvl2, llava, llava_onevision, qwen2_5_vl, qwen2_vl};
 use crate::checkpoint::{Checkpoint, TensorPath};
-use crate::seam::{KvCache, LayerHook};
+use crate::seam::{KvCache, LayerHook, Ragged, SeqId};
 use crate::vision::{Layout, MediaPrompt, Prepared, TokenKind, VisionError};
 use crate::{Error, Result};
 
@@ -73,6 +74,29 @@ pub struct Embedded {
     pub embeddings: Tensor,
     /// Where the tokens are, when that is not just their number.
     pub rotary: Option<RotaryPositions>,
+}
+
+impl Embedded {
+    /// Whole prompts as the rows of one call, sequence after sequence, and their embeddings, `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// No prompt, or prompts of several widths.
+    pub fn batch(prompts: &[(SeqId, &Self)]) -> Result<(Ragged, Tensor)> {
+        let lens: Vec<_> = prompts.iter().map(|&(seq, prompt)| (seq, 0, prompt.ids.len())).collect();
+        let mut rows = Ragged::contiguous(&lens);
+        if prompts.iter().any(|(_, prompt)| prompt.rotary.is_some()) {
+            let planes = prompts.iter().flat_map(|(_, prompt)| match &prompt.rotary {
+                Some(rotary) => rotary.planes.clone(),
+                None => (0..prompt.ids.len() as i64).map(|position| [position; 3]).collect(),
+            });
+            rows = rows.with_planes(planes.collect())?;
+        }
+        let embeddings: Vec<&Tensor> = prompts.iter().map(|(_, prompt)| &prompt.embeddings).collect();
+        if embeddings.is_empty() {
+            return Err(Error::input("a batch without a prompt"));
+        }
+        Ok((rows, Tensor::f_cat(&embeddings, 0)?))
+    }
 }
 
 impl Positions {
@@ -251,6 +275,7 @@ pub fn vlm_architecture(json: &Map<String, Value>) -> Result<&str> {
 /// # Errors
 /// As [`load_vlm`].
 pub fn load_vlm_at(json: &Map<String, Value>, root: &TensorPath) -> Result<Vlm> {
+    refuse_quantized(json)?;
     let model = match vlm_architecture(json)? {
         "LlavaForConditionalGeneration" => llava::load(json, root)?,
         "LlavaOnevisionForConditionalGeneration" => llava_onevision::load(json, root)?,

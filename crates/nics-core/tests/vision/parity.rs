@@ -2,21 +2,18 @@
 
 use nics_core::cache::{DenseCache, NoCache};
 use nics_core::generate::{Generator, Prompt, Request, collect};
-use nics_core::models::{Batch, Embedded, Input, Model};
+use nics_core::models::{Batch, Embedded, Input, Model, Vlm};
 use nics_core::sampling::Sampling;
-use nics_core::seam::{KvCache, Ragged, SeqId};
+use nics_core::seam::{KvCache, SeqId};
 use nics_core::vision::TokenKind;
 use tch::Tensor;
 
 use super::kit::{Fixture, assert_relative, fixtures};
 
-/// The rows of an embedded prompt as those of one sequence.
-pub fn rows(embedded: &Embedded, seq: SeqId) -> Ragged {
-    let rows = Ragged::contiguous(&[(seq, 0, embedded.ids.len())]);
-    match &embedded.rotary {
-        Some(rotary) => rows.with_planes(rotary.planes.clone()).unwrap(),
-        None => rows,
-    }
+/// Hidden states of whole prompts in one call without a cache.
+pub fn hidden(model: &Vlm, prompts: &[(SeqId, &Embedded)]) -> Tensor {
+    let (rows, x) = Embedded::batch(prompts).unwrap();
+    model.forward(&Batch::new(rows, Input::Embeds(&x)), &mut NoCache::new(), None).unwrap().hidden
 }
 
 fn request(prompt: Embedded, new: usize) -> Request {
@@ -85,9 +82,7 @@ fn logits() {
         let expected = f.golden.tensors("expected.safetensors").unwrap();
         for (number, case) in f.cases.prompts.iter().enumerate() {
             let embedded = f.model.embed_prompt(&f.prompt(case)).unwrap();
-            let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
-            let out = f.model.forward(&batch, &mut NoCache::new(), None).unwrap();
-            let logits = f.model.logits(&out.hidden).unwrap();
+            let logits = f.model.logits(&hidden(&f.model, &[(SeqId(0), &embedded)])).unwrap();
             let what = format!("{}, {}", f.name, case.name);
             assert_relative(
                 &what,
@@ -131,24 +126,24 @@ fn a_ragged_batch_equals_single_calls() {
     for f in fixtures() {
         let all: Vec<Embedded> =
             f.cases.prompts.iter().map(|c| f.model.embed_prompt(&f.prompt(c)).unwrap()).collect();
-        let alone: Vec<Tensor> = all
-            .iter()
-            .map(|e| {
-                let batch = Batch::new(rows(e, SeqId(0)), Input::Embeds(&e.embeddings));
-                f.model.forward(&batch, &mut NoCache::new(), None).unwrap().hidden
-            })
-            .collect();
-        let lens: Vec<_> = all.iter().enumerate().map(|(i, e)| (SeqId(i as u64), 0, e.ids.len())).collect();
-        let mut ragged = Ragged::contiguous(&lens);
-        if all.iter().any(|e| e.rotary.is_some()) {
-            let planes = all.iter().flat_map(|e| match &e.rotary {
-                Some(rotary) => rotary.planes.clone(),
-                None => (0..e.ids.len() as i64).map(|p| [p; 3]).collect(),
-            });
-            ragged = ragged.with_planes(planes.collect()).unwrap();
-        }
-        let x = Tensor::cat(&all.iter().map(|e| &e.embeddings).collect::<Vec<_>>(), 0);
-        let out = f.model.forward(&Batch::new(ragged, Input::Embeds(&x)), &mut NoCache::new(), None).unwrap();
-        assert_relative(&f.name, &out.hidden, &Tensor::cat(&alone, 0), 1e-5);
+        let alone: Vec<Tensor> = all.iter().map(|e| hidden(&f.model, &[(SeqId(0), e)])).collect();
+        let together: Vec<_> = all.iter().enumerate().map(|(i, e)| (SeqId(i as u64), e)).collect();
+        assert_relative(&f.name, &hidden(&f.model, &together), &Tensor::cat(&alone, 0), 1e-5);
+    }
+    assert!(Embedded::batch(&[]).is_err());
+}
+
+#[test]
+fn text_alone_is_a_prompt_of_ids() {
+    for f in fixtures() {
+        let Some(case) = f.cases.prompts.iter().find(|c| c.media.is_empty()) else { continue };
+        let mut cache = DenseCache::new();
+        let mut generator = Generator::new(&f.model, &mut cache);
+        // In one batch with a prompt that stands in time and space.
+        let shown = f.model.embed_prompt(&f.prompt(&f.cases.prompts[0])).unwrap();
+        let requests =
+            [Request::greedy(case.ids.clone(), f.cases.new_tokens, &[]), request(shown, f.cases.new_tokens)];
+        let all = collect(&mut generator, requests, 2).unwrap();
+        assert_eq!(all, [case.greedy.clone(), f.cases.prompts[0].greedy.clone()], "{}", f.name);
     }
 }

@@ -6,21 +6,20 @@ use std::collections::{BTreeSet, HashMap};
 use nics_core::Result;
 use nics_core::cache::NoCache;
 use nics_core::checkpoint::{Checkpoint, TensorPath};
-use nics_core::models::{Batch, Input, Model, Vlm, load_vlm, load_vlm_at};
+use nics_core::models::{Batch, Embedded, Input, Model, Vlm, load_vlm, load_vlm_at};
 use nics_core::nn::Linear;
 use nics_core::seam::{LayerHook, Point, Ragged, Reduced, Rows, SeqId};
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::kit::{Fixture, assert_relative, fixture, fixtures};
-use super::parity::rows;
+use super::parity::hidden;
 
 fn logits(model: &Vlm, f: &Fixture) -> Tensor {
     let _no_grad = tch::no_grad_guard();
     let case = &f.cases.prompts[0];
     let embedded = model.embed_prompt(&f.prompt(case)).unwrap();
-    let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
-    let out = model.forward(&batch, &mut NoCache::new(), None).unwrap();
-    model.logits(&out.hidden).unwrap()
+    model.logits(&hidden(model, &[(SeqId(0), &embedded)])).unwrap()
 }
 
 #[test]
@@ -176,7 +175,8 @@ fn a_hook_shortens_what_stands_in_time_and_space() {
         let f = fixture(name);
         let embedded = f.model.embed_prompt(&f.prompt(&f.cases.prompts[0])).unwrap();
         let kept: Vec<usize> = (0..embedded.ids.len()).filter(|row| row % 3 != 1).collect();
-        let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
+        let (all, x) = Embedded::batch(&[(SeqId(0), &embedded)]).unwrap();
+        let batch = Batch::new(all, Input::Embeds(&x));
         let shortened = f.model.forward(&batch, &mut NoCache::new(), Some(&mut Keep(kept.clone()))).unwrap();
 
         let planes = &embedded.rotary.as_ref().unwrap().planes;
@@ -215,11 +215,71 @@ fn gradients_reach_towers_and_projectors() {
             })
             .unwrap();
         let embedded = f.model.embed_prompt(&f.prompt(&f.cases.prompts[0])).unwrap();
-        let batch = Batch::new(rows(&embedded, SeqId(0)), Input::Embeds(&embedded.embeddings));
-        let out = f.model.forward(&batch, &mut NoCache::new(), None).unwrap();
-        f.model.logits(&out.hidden).unwrap().square().sum(Kind::Float).backward();
+        f.model
+            .logits(&hidden(&f.model, &[(SeqId(0), &embedded)]))
+            .unwrap()
+            .square()
+            .sum(Kind::Float)
+            .backward();
         for (key, tensor) in parameters {
             assert!(tensor.grad().defined(), "{}: {key}", f.name);
         }
     }
+}
+
+#[test]
+fn configurations_of_other_releases_are_the_same_model() {
+    for name in ["qwen2-vl", "qwen2.5-vl"] {
+        let f = fixture(name);
+        let checkpoint = Checkpoint::open_dir(&f.dir).unwrap();
+        let root = checkpoint.root(Device::Cpu, Kind::Float);
+        let stored = checkpoint.config_json();
+        // The hub's files: the language model's fields at the top.
+        let mut flat = stored.clone();
+        let Some(Value::Object(text)) = flat.remove("text_config") else { panic!("no text_config") };
+        flat.extend(text.into_iter().filter(|(field, _)| field != "model_type"));
+        flat["rope_scaling"] = json!({"type": "mrope", "mrope_section": [1, 2, 1]});
+        // From version 5 on: everything about the rope in one place.
+        let mut newer = stored.clone();
+        let text = newer["text_config"].as_object_mut().unwrap();
+        let (theta, _) = (text.remove("rope_theta").unwrap(), text.remove("rope_scaling"));
+        let rope = json!({"rope_theta": theta, "rope_type": "default", "mrope_section": [1, 2, 1]});
+        text.insert("rope_parameters".into(), rope);
+        for json in [flat, newer] {
+            let model = load_vlm_at(&json, &root).unwrap();
+            assert!(logits(&model, &f).equal(&logits(&f.model, &f)), "{name}");
+        }
+    }
+    // A language model of another line behind InternViT.
+    let f = fixture("internvl2");
+    let checkpoint = Checkpoint::open_dir(&f.dir).unwrap();
+    let mut json = checkpoint.config_json().clone();
+    json["llm_config"]["architectures"] = json!(["LlamaForCausalLM"]);
+    let root = checkpoint.root(Device::Cpu, Kind::Float);
+    let names: HashMap<String, Tensor> = checkpoint
+        .names()
+        .flat_map(|name| {
+            let t = root.stored(name).unwrap();
+            let llama = name
+                .replace("tok_embeddings", "embed_tokens")
+                .replace("attention_norm", "input_layernorm")
+                .replace("ffn_norm", "post_attention_layernorm")
+                .replace("attention.wo", "self_attn.o_proj")
+                .replace("feed_forward.w1", "mlp.gate_proj")
+                .replace("feed_forward.w3", "mlp.up_proj")
+                .replace("feed_forward.w2", "mlp.down_proj")
+                .replace("language_model.output", "language_model.lm_head");
+            let Some(at) = llama.strip_suffix("attention.wqkv.weight") else { return vec![(llama, t)] };
+            // 2 key/value heads of 8 channels, each with 2 query heads in front.
+            let heads = t.view([2, 4, 8, 32]);
+            let part = |from: i64, n: i64| heads.narrow(1, from, n).reshape([-1, 32]);
+            vec![
+                (format!("{at}self_attn.q_proj.weight"), part(0, 2)),
+                (format!("{at}self_attn.k_proj.weight"), part(2, 1)),
+                (format!("{at}self_attn.v_proj.weight"), part(3, 1)),
+            ]
+        })
+        .collect();
+    let model = load_vlm_at(&json, &TensorPath::from_tensors(names)).unwrap();
+    assert_relative("llama behind InternViT", &logits(&model, &f), &logits(&f.model, &f), 1e-5);
 }

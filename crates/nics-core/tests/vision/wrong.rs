@@ -3,10 +3,14 @@
 use std::collections::HashMap;
 
 use nics_core::Error;
+use nics_core::cache::NoCache;
 use nics_core::checkpoint::{Checkpoint, CheckpointError, TensorPath};
-use nics_core::models::{VLM_ARCHITECTURES, load_vlm_at};
+use nics_core::models::{Batch, Input, Model, VLM_ARCHITECTURES, load_vlm_at};
+use nics_core::nn::RopeConfig;
 use nics_core::seam::{Ragged, SeqId};
-use nics_core::vision::{Media, RgbImage, VisionError, picture, smart_resize};
+use nics_core::vision::{Media, Processor, RgbImage, VisionError, picture, smart_resize};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -192,6 +196,7 @@ fn configurations_that_are_senseless() {
             (vision("hidden_act", json!("sine")), "sine"),
             (top("vision_config", json!(null)), "vision_config"),
             (top("architectures", json!(["LlamaForCausalLM"])), VLM_ARCHITECTURES[0]),
+            (top("quantization_config", json!({"quant_method": "awq"})), "awq"),
             (top(text, json!("none")), text),
         ];
         match f.name.as_str() {
@@ -224,4 +229,89 @@ fn configurations_that_are_senseless() {
         }
     }
     println!("{tried} configurations");
+}
+
+#[test]
+fn preprocessors_that_are_senseless() {
+    type Changes<'a> = &'a [(&'a str, &'a str, Value)];
+    let changes: Changes = &[
+        ("llava", "resample", json!(9)),
+        ("llava", "resample", json!("bicubic")),
+        ("llava", "image_std", json!([0.1, 0.0, 0.1])),
+        ("llava", "image_mean", json!([0.1])),
+        ("llava", "rescale_factor", json!(-1.0)),
+        ("llava", "size", json!("large")),
+        ("llava", "crop_size", json!({"height": 0, "width": 28})),
+        ("llava-onevision", "size", json!({"shortest_edge": 1, "longest_edge": 9})),
+        ("llava-onevision", "image_grid_pinpoints", json!([[1, 2, 3]])),
+        ("qwen2-vl", "patch_size", json!(14)),
+        ("qwen2-vl", "merge_size", json!(3)),
+        ("qwen2.5-vl", "min_pixels", json!(5000)),
+        ("qwen2.5-vl", "min_pixels", json!(0)),
+        ("internvl2", "image_std", json!([0.0, 1.0, 1.0])),
+    ];
+    for (name, field, value) in changes {
+        let copy = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(root().join(name)).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+        }
+        let path = copy.path().join("preprocessor_config.json");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json[field] = value.clone();
+        std::fs::write(&path, json.to_string()).unwrap();
+        let e = Processor::open(&Checkpoint::open_dir(copy.path()).unwrap()).err();
+        let e = e.unwrap_or_else(|| panic!("{name}: {field} {value} is taken")).to_string();
+        assert!(e.contains(field), "{name}: {field} {value}: {e}");
+    }
+    // A size that is not the tower's shows when an image comes.
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(root().join("llava")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = copy.path().join("preprocessor_config.json");
+    std::fs::write(&path, r#"{"crop_size": 20, "size": {"shortest_edge": 20}}"#).unwrap();
+    let processor = Processor::open(&Checkpoint::open_dir(copy.path()).unwrap()).unwrap();
+    let e = vision(processor.prepare(&[Media::Image(RgbImage::new(30, 40))]).unwrap_err());
+    assert!(e.to_string().contains("20x20") && e.to_string().contains("28x28"), "{e}");
+
+    // Without its tokenizer's list of tokens InternVL2 has no placeholder.
+    std::fs::copy(root().join("internvl2/config.json"), copy.path().join("config.json")).unwrap();
+    let e = Processor::open(&Checkpoint::open_dir(copy.path()).unwrap()).unwrap_err();
+    assert!(e.to_string().contains("<IMG_CONTEXT>"), "{e}");
+}
+
+#[test]
+fn positions_where_the_model_has_no_place_for_them() {
+    let f = fixture("llava");
+    let x = Tensor::zeros([2, 32], (Kind::Float, Device::Cpu));
+    let rows = Ragged::contiguous(&[(SeqId(0), 0, 2)]).with_planes(vec![[0; 3], [1; 3]]).unwrap();
+    let batch = Batch::new(rows, Input::Embeds(&x));
+    let e = f.model.forward(&batch, &mut NoCache::new(), None).unwrap_err();
+    assert!(e.to_string().contains("mrope_section"), "{e}");
+
+    let sections = json!({"type": "mrope", "mrope_section": [1, 1, 1]});
+    let e = RopeConfig::parse(1e4, 8, 64, Some(&sections)).unwrap_err();
+    assert!(e.to_string().contains("mrope_section"), "{e}");
+}
+
+/// Damaged files are errors or images, never panics.
+#[test]
+fn damaged_files() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let mut refused = 0;
+    for name in ["rgba.png", "palette-clear.png", "plain.bmp", "plain.gif", "clear.webp", "turned.jpg"] {
+        let whole = std::fs::read(root().join("pictures").join(name)).unwrap();
+        for _ in 0..60 {
+            let mut bytes = whole.clone();
+            for _ in 0..rng.random_range(1..8) {
+                let at = rng.random_range(0..bytes.len());
+                bytes[at] = rng.random();
+            }
+            bytes.truncate(rng.random_range(0..=bytes.len()));
+            refused += usize::from(picture::decode(&bytes).is_err());
+        }
+    }
+    assert!(refused > 100, "{refused} of 360");
 }
