@@ -20,7 +20,7 @@ constexpr int PADDED = (QUERIES + 3) / 4 * 4;
 constexpr u32 ALL = 0xffffffffu;
 #define NOTHING __int_as_float(int(0xff800000u)) // the score of no token
 
-// Index arithmetic; `layout.rs` says the same in Rust.
+// Index arithmetic.
 
 // Codes of a run, and its bytes. Of 8 bits a row is one run.
 __device__ constexpr int run(int bits) { return bits >= 8 ? DIM : bits == 4 ? 32 : DIM % 128 == 0 ? 128 : 64; }
@@ -183,9 +183,15 @@ __device__ void values(
             } else {
                 x[k] = code<BITS>(raw[0], k / BITS, k % BITS);
             }
-            if constexpr (GROUPS > 1 && BITS < 16) {
-                const int at_group = token * GROUPS + unit_channel(BITS, unit, k) / GROUP;
-                x[k] = x[k] * scales[at_group] - zeros[at_group];
+        }
+        if constexpr (GROUPS > 1 && BITS < 16) {
+            // The codes of a plane are of channels side by side, which share a scale.
+#pragma unroll
+            for (int plane = 0; plane < 8 / BITS; plane++) {
+                const int group = token * GROUPS + unit_channel(BITS, unit, plane * BITS) / GROUP;
+                const float scale = scales[group], zero = zeros[group];
+#pragma unroll
+                for (int k = plane * BITS; k < (plane + 1) * BITS; k++) x[k] = x[k] * scale - zero;
             }
         }
 #pragma unroll

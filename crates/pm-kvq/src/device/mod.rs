@@ -9,8 +9,9 @@
 //! - *operations* of libtorch everywhere else: codes are unpacked by masks and shifts, a piece of pages at a time, with
 //!   the softmax put together piece by piece.
 //!
-//! The kernels' source is held against the operations on the processor, compiled as C++ (`tests/device.rs`), and compiled
-//! by NVRTC; on a device the two are compared by `tests/device_gpu.rs`.
+//! The kernels have not run on a GPU yet, and no speed is claimed for them. Their source is held against the operations on
+//! the processor, compiled as C++ with every thread of CUDA's run (`tests/device.rs`), and compiled by NVRTC; on a device
+//! the two ways are compared by `tests/device_gpu.rs`, which is ready to run.
 
 mod kernels;
 mod ops;
