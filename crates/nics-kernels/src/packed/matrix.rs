@@ -70,7 +70,7 @@ pub struct Packed {
 impl Clone for Packed {
     /// In huge pages, as the original.
     fn clone(&self) -> Self {
-        let mut stream = Vec::with_capacity(self.stream.len());
+        let mut stream: Vec<Vector> = Vec::with_capacity(self.stream.len());
         prefer_huge_pages(stream.as_ptr().cast(), size_of_val(&self.stream[..]));
         stream.extend_from_slice(&self.stream);
         let (scales, zeros) = (self.scales.clone(), self.zeros.clone());
