@@ -9,6 +9,7 @@
 
 pub mod clip;
 pub mod decoder;
+pub mod intern_vit;
 pub mod internlm2;
 pub mod internvl2;
 pub mod llama;
@@ -19,6 +20,7 @@ pub mod qwen2;
 pub mod qwen2_5_vl;
 pub mod qwen2_vl;
 pub mod qwen3;
+pub mod qwen_vit;
 mod read;
 pub mod siglip;
 pub mod vit;

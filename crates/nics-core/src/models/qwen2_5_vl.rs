@@ -8,10 +8,10 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::multimodal::{Positions, Vision, Vlm};
-use super::qwen2_vl::{
-    EPS, NAMES, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, parts, rope_of,
-    visit_merger,
+use super::qwen_vit::{
+    EPS, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, rope_of, visit_merger,
 };
+use super::qwen2_vl::{NAMES, parts};
 use super::vit::linear;
 use super::{Decoder, DecoderConfig, ProjectionVisitor};
 use crate::Result;

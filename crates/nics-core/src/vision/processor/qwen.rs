@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::Result;
-use crate::models::{qwen2_5_vl, qwen2_vl};
+use crate::models::{qwen_vit, qwen2_5_vl, qwen2_vl};
 use crate::vision::config::{CLIP_MEAN, CLIP_STD, Pixels, PreprocessorConfig, Size, senseless};
 use crate::vision::picture::MAX_PIXELS;
 use crate::vision::pixels::planes;
@@ -138,7 +138,7 @@ pub fn patches(
     let [t, h, w] = [frames.div_ceil(temporal), height / patch, width / patch];
     let mut patches = Vec::with_capacity(t * temporal * 3 * height * width);
     for moment in 0..t {
-        for (y, x) in qwen2_vl::cells(h, w, merge) {
+        for (y, x) in qwen_vit::cells(h, w, merge) {
             for channel in 0..3 {
                 for frame in 0..temporal {
                     let frame = (moment * temporal + frame).min(frames - 1);
