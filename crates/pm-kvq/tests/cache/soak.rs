@@ -87,7 +87,8 @@ fn soak(time: Duration, sequences: usize, seed: u64) {
     }
     assert_eq!(cache.pool_bytes().1, 0);
     assert!(exhausted > 0, "no sequence reached the end of its budget");
-    assert!(highest <= limit + limit / 4, "{highest} bytes allocated of {limit}");
+    // A block that is missing, and a step by which the pool grows.
+    assert!(highest <= limit + limit / 8, "{highest} bytes allocated of {limit}");
     println!(
         "{ended} sequences ended, {exhausted} of them at a full budget; at most {highest} of {limit} bytes"
     );
