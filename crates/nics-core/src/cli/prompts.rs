@@ -21,7 +21,7 @@ pub struct PromptArgs {
     pub input: Option<PathBuf>,
 }
 
-/// A line of a file of prompts: one of `prompt`, `messages` and `ids`.
+/// A line of a file of prompts: one of `prompt`, `messages` and `ids`, and what is known of it.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptLine {
@@ -34,6 +34,9 @@ pub struct PromptLine {
     pub messages: Option<Vec<Message>>,
     /// Token ids.
     pub ids: Option<Vec<u32>>,
+    /// The right answer, for commands that judge replies.
+    #[serde(default)]
+    pub answer: Option<String>,
 }
 
 /// What a line gives.

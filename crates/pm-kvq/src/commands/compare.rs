@@ -18,6 +18,7 @@ use nics_core::generate::{Generator, collect};
 use nics_core::models::{Model, ModelDims};
 use nics_core::tch::Tensor;
 use pm_kvq::Bits;
+use pm_kvq::answers::{Judging, equal, extract};
 use pm_kvq::baselines::channel_orders;
 use pm_kvq::cache::{CacheConfig, PagedCache};
 use pm_kvq::calibrate::artefact::read_scales;
@@ -58,7 +59,11 @@ const METHODS: [&str; 15] = [
 ///
 /// Prompts attend exactly in all methods but rtn-pre, everyday formats and rotatekv. Baselines are simulated: their bytes are
 /// those of their format, their speed is not. Each prompt is a line of OUT/items.jsonl, and a second run goes on with what is
-/// missing; figures are OUT/rows.jsonl. What replies are worth is `pm-kvq eval --kv ...`.
+/// missing; figures are OUT/rows.jsonl.
+///
+/// A line of the prompts may hold the right `answer`: then every cache also writes a reply of its own, with a budget for prompt
+/// and --max-new-tokens, and the share of replies with the right answer is told (what is in \boxed{}, else behind "answer is").
+/// Benchmarks, and several replies a problem, are `pm-kvq eval --kv ...`.
 #[derive(Args)]
 pub struct Compare {
     #[command(flatten)]
@@ -127,6 +132,11 @@ struct Item {
     matched: Vec<Measured>,
 }
 
+/// Whether the answer of a reply is the right one.
+fn is_right(reply: &str, answer: &str) -> bool {
+    equal(Judging::Strict, Some(&extract(reply)), Some(answer))
+}
+
 /// What caches are made from.
 struct Kit {
     dims: ModelDims,
@@ -141,9 +151,13 @@ impl Compare {
         let sampling = opened.sampling(&self.sampling)?;
         let max_new_tokens = self.sampling.max_new_tokens.unwrap_or(1024);
         let prompts = opened.encode_all(&lines, self.raw)?;
+        let answers: Vec<&Option<String>> = lines.iter().map(|line| &line.answer).collect();
+        if answers.iter().any(|answer| answer.is_some()) {
+            opened.tokenizer()?;
+        }
         let kit = self.kit(&opened)?;
         let methods = self.methods(&kit, quiet)?;
-        let settings = self.settings(&opened, &methods, max_new_tokens)?;
+        let settings = self.settings(&opened, &methods, &answers, max_new_tokens)?;
         std::fs::create_dir_all(&self.out)?;
         let path = self.out.join("items.jsonl");
         let (mut log, mut items) = JsonlLog::<Item>::open(&path)?;
@@ -168,8 +182,25 @@ impl Compare {
             let mut dense = DenseCache::new();
             let reply = collect(&mut Generator::new(&opened.model, &mut dense), [request], 1)?;
             let reply = reply.into_iter().next().unwrap_or_default();
-            let item =
+            let mut item =
                 self.measure(&opened, &kit, &methods, (index, prompt, &reply), &settings, &interrupt, quiet)?;
+            if let Some(answer) = &lines[index].answer {
+                let request = || opened.request(prompt, &sampling, seed, max_new_tokens);
+                let is_right = |reply: &[u32]| -> Result<bool> {
+                    Ok(is_right(&opened.tokenizer()?.decode(reply, true)?, answer))
+                };
+                let bar = Progress::new(methods.len() as u64, format!("prompt {}, replies", index + 1));
+                let bar = if quiet { Progress::hidden() } else { bar };
+                item.measured[0].right = Some(is_right(&reply)?);
+                for (method, measured) in methods.iter().zip(&mut item.measured[1..]) {
+                    interrupt.check()?;
+                    let mut cache = kit.rival(method, prompt.len() + max_new_tokens)?.cache;
+                    let own = collect(&mut Generator::new(&opened.model, &mut *cache), [request()], 1)?;
+                    measured.right = Some(is_right(own.first().map_or(&[], Vec::as_slice))?);
+                    bar.inc(1);
+                }
+                bar.finish();
+            }
             log.append(&item)?;
             items.push(item);
         }
@@ -284,7 +315,13 @@ impl Compare {
     }
 
     /// A hash of what decides the figures beside the prompts.
-    fn settings(&self, opened: &Opened, methods: &[Method], max_new_tokens: usize) -> Result<String> {
+    fn settings(
+        &self,
+        opened: &Opened,
+        methods: &[Method],
+        answers: &[&Option<String>],
+        max_new_tokens: usize,
+    ) -> Result<String> {
         let file = |path: &Option<PathBuf>| path.as_ref().map(hash::file).transpose();
         let (device, dtype) = opened.place();
         let said = json!({
@@ -292,7 +329,7 @@ impl Compare {
             "methods": methods.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(),
             "scales": file(&self.scales)?, "data": file(&self.data)?, "seed": self.seed.seed,
             "sampling": format!("{:?}", self.sampling), "max_new_tokens": max_new_tokens,
-            "equal_average": !self.no_equal_average,
+            "equal_average": !self.no_equal_average, "answers": answers,
         });
         Ok(hash::value(&said)?[..16].to_owned())
     }

@@ -86,6 +86,9 @@ pub struct Measured {
     pub steps: usize,
     /// Seconds of those.
     pub seconds: f64,
+    /// Whether the answer of the reply that is written through this cache is right; `None`: it was not judged.
+    #[serde(default)]
+    pub right: Option<bool>,
 }
 
 impl Measured {
@@ -121,6 +124,7 @@ impl<'a> Runner<'a> {
             bins: Vec::new(),
             steps: 0,
             seconds: 0.0,
+            right: None,
         };
         Ok(Self { cache, log, seq, full: false, spent: Duration::ZERO, sum: 0.0, looked: 0, measured })
     }

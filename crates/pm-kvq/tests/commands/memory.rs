@@ -1,5 +1,10 @@
 //! What is foretold, what is written, what is compared and measured.
 
+use std::fmt::Write;
+use std::path::Path;
+
+use nics_datasets::adding_ring::{LINE_TOKENS, Task, problems};
+use nics_datasets::word_problems::Split;
 use serde_json::{Value, json};
 
 use crate::args;
@@ -191,6 +196,54 @@ fn caches_are_compared_and_a_second_run_writes_nothing() {
         "rtn-4"
     ];
     run(other).refused(1, "results of other settings");
+}
+
+#[test]
+fn replies_of_every_cache_are_judged_where_the_answer_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/nano/pm-kvq-nano/seed-0");
+    let input = dir.path().join("prompts.jsonl");
+    let mut text = String::new();
+    for problem in problems(Split::Test, 5, 3) {
+        let all = problem.text(Task::Ring);
+        let (prompt, answer) = all.split_at(LINE_TOKENS * 2 - 1);
+        writeln!(text, "{}", json!({ "prompt": prompt, "answer": answer.trim() })).unwrap();
+    }
+    std::fs::write(&input, &text).unwrap();
+    let out = dir.path().join("out");
+    let compare = |out: &Path| {
+        run(args![
+            "compare",
+            "--model",
+            model,
+            "--input",
+            input,
+            "--raw",
+            "--greedy",
+            "--dtype",
+            "f32",
+            "--max-new-tokens",
+            "112",
+            "--no-equal-average",
+            "--out",
+            out,
+            "--method",
+            "kivi-8:tokens=8,group=32",
+            "--method",
+            "rtn-2:group=32",
+        ])
+    };
+    let table = compare(&out).ok();
+    assert!(table.contains("3 of 3 answers right") && table.contains("0 of 3 answers right"), "{table}");
+    let rows = read_lines(&out.join("rows.jsonl"));
+    for (variant, share) in [("dense", 1.0), ("kivi-8:tokens=8,group=32", 1.0), ("rtn-2:group=32", 0.0)] {
+        let row = rows.iter().find(|r| r["variant"] == variant && r["metric"] == "right answers").unwrap();
+        assert_eq!((&row["value"], &row["n"]), (&json!(share), &json!(3)), "{variant}");
+    }
+    // Other answers are other results.
+    std::fs::write(&input, text.replace("\"answer\":\"", "\"answer\":\"1")).unwrap();
+    compare(&out).refused(1, "results of other settings");
+    assert!(compare(&dir.path().join("other")).ok().contains("0 of 3 answers right"));
 }
 
 #[test]

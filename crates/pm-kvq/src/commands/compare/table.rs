@@ -1,5 +1,6 @@
 //! The figures of a comparison, as rows and as tables.
 
+use nics_base::ci::wilson;
 use nics_base::row::Row;
 use pm_kvq::compare::{Bin, Measured};
 
@@ -18,6 +19,9 @@ struct Line {
     /// Tokens a second.
     speed: f64,
     exhausted: usize,
+    /// Replies of its own that were judged, and those with the right answer.
+    judged: usize,
+    right: usize,
 }
 
 impl Line {
@@ -43,6 +47,8 @@ impl Line {
             bins,
             speed: if seconds > 0.0 { steps as f64 / seconds } else { f64::NAN },
             exhausted: all.iter().filter(|m| m.exhausted_at.is_some()).count(),
+            judged: all.iter().filter(|m| m.right.is_some()).count(),
+            right: all.iter().filter(|m| m.right == Some(true)).count(),
         }
     }
 
@@ -99,6 +105,11 @@ pub fn rows(items: &[Item], bin: usize, base: &Row) -> Vec<Row> {
             rows.push(row("divergence", total.mean_kl(), "nats", false));
             rows.push(row("same likeliest token", share(&total), "", true));
             rows.push(row("speed", line.speed, "tokens/s", true));
+            if line.judged > 0 {
+                let share = line.right as f64 / line.judged as f64;
+                let ci = Some(wilson(line.right as u64, line.judged as u64));
+                rows.push(Row { n: Some(line.judged as u64), ci, ..row("right answers", share, "", true) });
+            }
             for (n, one) in line.bins.iter().enumerate() {
                 let at = |row: Row| Row {
                     n: Some(one.tokens as u64),
@@ -126,13 +137,18 @@ pub fn print(items: &[Item], bin: usize) {
         let total = line.total();
         let codes = line.peak_payload.map_or("-".into(), kib);
         println!(
-            "{:<38} {codes:>12} {:>12} {:>12} {:>12.5} {:>7.1} % {:>10.1}{}",
+            "{:<38} {codes:>12} {:>12} {:>12} {:>12.5} {:>7.1} % {:>10.1}{}{}",
             line.name,
             kib(line.peak_bytes),
             kib(line.mean_bytes),
             total.mean_kl(),
             100.0 * share(&total),
             line.speed,
+            if line.judged > 0 {
+                format!("  {} of {} answers right", line.right, line.judged)
+            } else {
+                String::new()
+            },
             if line.exhausted > 0 {
                 format!("  ended before the end {} times", line.exhausted)
             } else {
