@@ -48,14 +48,14 @@ fn a_full_budget_ends_the_reply() {
             prompt(dir.path(), 20),
             "--greedy",
             "--max-new-tokens",
-            "100",
+            "60",
             "--kv",
             kv
         ];
         lines(&run(command).ok()).remove(0)
     };
     let whole = write("pm-kvq:window=8");
-    assert_eq!(whole["tokens"].as_array().unwrap().len(), 100);
+    assert_eq!(whole["tokens"].as_array().unwrap().len(), 60);
     assert_eq!(whole["finish"], "length");
     let cut = write("pm-kvq:window=8,min-bits=4,max-len=50");
     // Row 50 is the last that fits; the token after it is written and has no row.
