@@ -2,5 +2,6 @@
 
 pub mod captions;
 pub mod collate;
+pub mod conversation;
 pub mod format;
 pub mod order;

@@ -48,35 +48,52 @@ impl FromStr for Format {
     }
 }
 
-/// Samples in a format. Of an odd number the last is dropped. `texts` are ids of documents, for [`Format::Interleave`].
+/// What a sample of a format is put together from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece {
+    /// A sample by its number.
+    Sample(usize),
+    /// A text by its number.
+    Text(usize),
+}
+
+/// The pieces of each sample of a format, from so many samples and texts. Of an odd number the last sample is dropped.
+///
+/// # Errors
+/// Too few texts.
+pub fn pieces(samples: usize, format: Format, texts: usize) -> Result<Vec<Vec<Piece>>> {
+    let pair = |i: usize| match format {
+        Format::Interleave => vec![Piece::Sample(2 * i), Piece::Text(2 * i), Piece::Sample(2 * i + 1)],
+        _ => vec![Piece::Sample(2 * i), Piece::Sample(2 * i + 1)],
+    };
+    let needed = if format == Format::Interleave && samples > 1 { samples / 2 * 2 - 1 } else { 0 };
+    if texts < needed {
+        return Err(Error::NoData(format!("{samples} samples take {needed} texts, there are {texts}")));
+    }
+    Ok(match format {
+        Format::Plain => (0..samples).map(|i| vec![Piece::Sample(i)]).collect(),
+        _ => (0..samples / 2).map(pair).collect(),
+    })
+}
+
+/// Samples in a format. `texts` are ids of documents, for [`Format::Interleave`].
 ///
 /// # Errors
 /// Too few texts.
 pub fn formatted(samples: &[Sample], format: Format, texts: &[Vec<i64>]) -> Result<Vec<Sample>> {
-    if format == Format::Plain {
-        return Ok(samples.to_vec());
-    }
-    let pairs = samples.chunks_exact(2).enumerate();
-    pairs
-        .map(|(i, pair)| {
-            let mut all = pair[0].clone();
-            if format == Format::Interleave {
-                let text = texts.get(2 * i).ok_or_else(|| {
-                    Error::NoData(format!(
-                        "{} samples take texts up to number {}, there are {}",
-                        samples.len(),
-                        2 * i,
-                        texts.len()
-                    ))
-                })?;
-                all.ids.extend(text);
-                all.labels.extend(text);
-            }
-            all.ids.extend(&pair[1].ids);
-            all.labels.extend(&pair[1].labels);
-            Ok(all)
-        })
-        .collect()
+    let of = |group: Vec<Piece>| {
+        let mut all = Sample { ids: Vec::new(), labels: Vec::new() };
+        for piece in group {
+            let (ids, labels) = match piece {
+                Piece::Sample(i) => (&samples[i].ids, &samples[i].labels),
+                Piece::Text(i) => (&texts[i], &texts[i]),
+            };
+            all.ids.extend(ids);
+            all.labels.extend(labels);
+        }
+        all
+    };
+    Ok(pieces(samples.len(), format, texts.len())?.into_iter().map(of).collect())
 }
 
 /// Text to calibrate on without images: documents of at most `longest` tokens, put together and cut into blocks of that

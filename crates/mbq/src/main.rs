@@ -1,0 +1,38 @@
+//! `mbq`: calibrates and quantizes the language model of a checkpoint, and shows what was found.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nics_core::cli::{LogArgs, main_exit};
+
+/// MBQ: quantization that weighs errors on images by what they matter to answers.
+#[derive(Parser)]
+#[command(name = "mbq", version, about, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Search scales for a model on captions or texts; resumable
+    Calibrate(commands::calibrate::Calibrate),
+    /// Quantize a model by a method, or with scales that were searched, and write it as a checkpoint
+    Quantize(commands::quantize::Quantize),
+    /// Show what a calibration has found
+    Inspect(commands::inspect::Inspect),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.log.init();
+    main_exit(|| match cli.command {
+        Command::Calibrate(command) => command.run(cli.log.quiet),
+        Command::Quantize(command) => command.run(cli.log.quiet),
+        Command::Inspect(command) => command.run(),
+    })
+}
