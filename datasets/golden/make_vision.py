@@ -169,12 +169,12 @@ class Folder:
         print(f"{self.path.name}: seed {seed}, smallest margin {margin:.4f}, {size >> 10} KiB")
 
 
-def make(name, cls, cfg, prompts, preprocessor, saved=None, extra=None):
+def make(name, cls, cfg, prompts, preprocessor, saved=None, extra=None, more=None):
     """`prompts(folder)` gives (name, media, ids as written, ids expanded, pixels, inputs of the model) for each case."""
     for seed in range(1, 100):
         model = build(cls, cfg, seed)
         folder = Folder(name)
-        cases, tensors, margins = [], {}, []
+        cases, tensors, margins = [], dict(more or {}), []
         for number, (case, media, written, expanded, pixels, inputs) in enumerate(prompts(folder)):
             logits, greedy, margin = run(model, expanded, inputs)
             margins.append(margin)
@@ -367,7 +367,12 @@ def onevision():
             dict(pixel_values_videos=values[None]),
         )
 
-    make("llava-onevision", LlavaOnevisionForConditionalGeneration, cfg, prompts, preprocessor)
+    # Tokens of an image alone, for many sizes: height, width, tokens.
+    rng = np.random.default_rng(9)
+    sizes = [(1, 1), (1, 90), (90, 1), (20, 20), (40, 40), (41, 39)] + rng.integers(1, 130, (150, 2)).tolist()
+    tokens = [(h, w, counter._get_number_of_features(h, w, 20, 20)) for h, w in sizes]
+    more = dict(tokens=torch.tensor(tokens))
+    make("llava-onevision", LlavaOnevisionForConditionalGeneration, cfg, prompts, preprocessor, more=more)
 
 
 # ------------------------------------------------------------------------------------------------------------------ Qwen
@@ -641,6 +646,8 @@ def internvl2():
             dict(pixel_values=pixels),
         )
 
+    rng = np.random.default_rng(10)
+    sizes = [(1, 1), (1, 90), (90, 1), (32, 32), (64, 64), (96, 64)] + rng.integers(1, 130, (150, 2)).tolist()
     added = {str(IMAGE): dict(content="<IMG_CONTEXT>", special=True), str(START): dict(content="<img>", special=True)}
     make(
         "internvl2",
@@ -650,6 +657,8 @@ def internvl2():
         dict(do_normalize=True, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD),
         saved,
         {"tokenizer_config.json": dict(added_tokens_decoder=added)},
+        # Pictures of an image, for many sizes: height, width, pictures.
+        dict(pictures=torch.tensor([(h, w, len(tiles(Image.new("RGB", (w, h)), 32, 6))) for h, w in sizes])),
     )
 
 

@@ -5,10 +5,10 @@ use nics_core::generate::{Generator, Prompt, Request, collect};
 use nics_core::models::{Batch, Embedded, Input, Model, Vlm};
 use nics_core::sampling::Sampling;
 use nics_core::seam::{KvCache, SeqId};
-use nics_core::vision::TokenKind;
+use nics_core::vision::{Layout, Media, Processor, RgbImage, TokenKind};
 use tch::Tensor;
 
-use super::kit::{Fixture, assert_relative, fixtures};
+use super::kit::{Fixture, assert_relative, fixture, fixtures};
 
 /// Hidden states of whole prompts in one call without a cache.
 pub fn hidden(model: &Vlm, prompts: &[(SeqId, &Embedded)]) -> Tensor {
@@ -145,5 +145,27 @@ fn text_alone_is_a_prompt_of_ids() {
             [Request::greedy(case.ids.clone(), f.cases.new_tokens, &[]), request(shown, f.cases.new_tokens)];
         let all = collect(&mut generator, requests, 2).unwrap();
         assert_eq!(all, [case.greedy.clone(), f.cases.prompts[0].greedy.clone()], "{}", f.name);
+    }
+}
+
+#[test]
+fn tokens_and_tiles_of_many_sizes() {
+    let rows = |name: &str, key: &str| -> Vec<[i64; 3]> {
+        let f = fixture(name);
+        let all = Vec::<i64>::try_from(f.golden.tensors("expected.safetensors").unwrap()[key].flatten(0, -1));
+        all.unwrap().chunks(3).map(|row| [row[0], row[1], row[2]]).collect()
+    };
+    let Processor::OneVision(processor) = fixture("llava-onevision").processor else {
+        panic!("another family")
+    };
+    for [height, width, tokens] in rows("llava-onevision", "tokens") {
+        let found = processor.image_tokens(height as u32, width as u32).unwrap();
+        assert_eq!(found as i64, tokens, "{width}x{height}");
+    }
+    let f = fixture("internvl2");
+    for [height, width, pictures] in rows("internvl2", "pictures") {
+        let media = [Media::Image(RgbImage::new(width as u32, height as u32))];
+        let prepared = f.processor.prepare(&media).unwrap().remove(0);
+        assert_eq!(prepared.layout, Layout::Frames(pictures as usize), "{width}x{height}");
     }
 }

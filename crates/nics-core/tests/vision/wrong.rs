@@ -315,3 +315,31 @@ fn damaged_files() {
     }
     assert!(refused > 100, "{refused} of 360");
 }
+
+/// Images of odd shapes give as many features as tokens, or the error that names their shape.
+#[test]
+fn images_of_odd_shapes() {
+    let _no_grad = tch::no_grad_guard();
+    for f in fixtures() {
+        let image = f.processor.placeholders().image;
+        let mut taken = 0;
+        for (width, height) in [(1, 1), (400, 1), (1, 400), (190, 1), (3, 7), (41, 40), (700, 30), (20, 999)]
+        {
+            let media = [Media::Image(RgbImage::from_pixel(width, height, image::Rgb([9, 99, 199])))];
+            match f.processor.prompt(&[1, image, 2], &media) {
+                Ok(prompt) => {
+                    let embedded = f.model.embed_prompt(&prompt).unwrap();
+                    let rows = prompt.ids.len() as i64;
+                    assert_eq!(embedded.embeddings.size()[0], rows, "{}: {width}x{height}", f.name);
+                    taken += 1;
+                }
+                Err(e) => {
+                    let e = vision(e);
+                    let long = matches!(e, VisionError::AspectRatio { .. });
+                    assert!(long && f.name.starts_with("qwen"), "{}: {width}x{height}: {e}", f.name);
+                }
+            }
+        }
+        assert!(taken >= 6, "{}", f.name);
+    }
+}

@@ -9,7 +9,7 @@ use crate::models::llava_onevision::{self, Anyres};
 use crate::vision::config::{CLIP_MEAN, CLIP_STD, Pixels, PreprocessorConfig, Size};
 use crate::vision::pixels::{crop, on_ground, planes, square};
 use crate::vision::resize::{Filter, resize};
-use crate::vision::{Layout, Media, Placeholders, Prepared, RgbImage, TokenKind};
+use crate::vision::{Layout, Media, Placeholders, Prepared, RgbImage, TokenKind, VisionError};
 
 /// Prepares images and videos for LLaVA-OneVision.
 #[derive(Debug)]
@@ -59,6 +59,19 @@ impl OneVisionProcessor {
                 }
             })
             .collect()
+    }
+
+    /// Tokens of an image of this size that is alone in its prompt, before it is decoded.
+    ///
+    /// # Errors
+    /// An image without a pixel.
+    pub fn image_tokens(&self, height: u32, width: u32) -> Result<usize> {
+        if height == 0 || width == 0 {
+            return Err(VisionError::Empty { what: format!("an image of {width}x{height}") }.into());
+        }
+        let [best_height, best_width] = best_resolution([height, width], &self.pinpoints)?;
+        let (rows, columns) = ((best_height / self.size.0) as usize, (best_width / self.size.0) as usize);
+        Ok(self.anyres.image_tokens(rows, columns, [height as usize, width as usize]))
     }
 
     /// An image alone in its prompt: whole, then in tiles.
@@ -127,13 +140,12 @@ fn best_resolution(original: [u32; 2], pinpoints: &[[u32; 2]]) -> Result<[u32; 2
         let scaled = (width * scale) as u64 * (height * scale) as u64;
         let kept = scaled.min(u64::from(original[0]) * u64::from(original[1]));
         let wasted = (u64::from(h) * u64::from(w)).saturating_sub(kept);
-        if best.is_none_or(|(_, k, wa)| kept > k || kept == k && wasted < wa) && kept > 0 {
+        if best.is_none_or(|(_, k, wa)| kept > k || kept == k && wasted < wa) {
             best = Some(([h, w], kept, wasted));
         }
     }
-    best.map(|(size, ..)| size).ok_or_else(|| {
-        crate::vision::senseless("image_grid_pinpoints", "has no resolution that an image fits into")
-    })
+    best.map(|(size, ..)| size)
+        .ok_or_else(|| crate::vision::senseless("image_grid_pinpoints", "is empty, expected resolutions"))
 }
 
 /// Height and width of an image enlarged or shrunk until it touches the edges of `target`.
