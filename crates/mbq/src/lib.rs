@@ -3,8 +3,18 @@
 //! Quantization of weights, or of weights and activations, is made easier by scaling the input channels of each linear layer
 //! and folding the inverse into what stands before it. The scales are searched layer by layer: those are taken whose error
 //! in the layer's output is least. An error on a vision token, though, reacts on the training loss about ten times less than
-//! one on an answer token. MBQ measures that with one backward pass ([`sensitivity`](mod@sensitivity)) and weighs the errors
-//! by it ([`loss`]).
+//! one on an answer token. MBQ measures that with one backward pass and weighs the errors by it.
+//!
+//! | step | here |
+//! |---|---|
+//! | captions to embedded samples with masks | [`data`], [`batch`] |
+//! | what each modality weighs | [`sensitivity`] |
+//! | the loss, the candidates, the search of a layer | [`loss`], [`candidates`], [`search`] |
+//! | all layers, resumable, and the files | [`calibrate`], [`artefact`] |
+//! | folding and rounding | [`fold`], [`quantize`], [`apply`] |
+//! | rivals, and MBQ, behind one trait | [`methods`] with [`clip`], [`gptq`], [`smooth`] |
+//! | files that engines load | [`layout`], [`export`] |
+//! | how answers are scored | [`evaluation`] |
 
 pub mod apply;
 pub mod artefact;
@@ -35,3 +45,8 @@ pub mod smooth;
 pub use error::{Error, Result};
 pub use progress::PROGRESS;
 pub use quantize::{QuantSpec, ZeroRange};
+
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

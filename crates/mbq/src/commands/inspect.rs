@@ -26,7 +26,9 @@ impl Inspect {
         let report: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         let rows = rows(&report);
         if self.json.json {
-            rows.iter().for_each(|row| println!("{row}"));
+            for row in &rows {
+                println!("{row}");
+            }
             return Ok(());
         }
         println!("model {}, balance {}", report["model"], report["config"]["balance"]);

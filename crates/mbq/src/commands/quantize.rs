@@ -89,21 +89,18 @@ impl Quantize {
         }
         let mut opened = Opened::open(&self.model)?;
         let interrupt = Interrupt::install()?;
-        let (spec, rounded) = match &self.scales {
-            Some(dir) => {
-                let scales = Scales::read(dir, &opened.origin)?;
-                let spec = scales.config.search.spec;
-                self.layout.check(&spec)?;
-                let decoder = opened.model.decoder_mut();
-                fold_scales(decoder, &opened.names, &scales.layers)?;
-                (spec, round(decoder, &opened.names, &spec)?)
-            }
-            None => {
-                let spec = self.method().spec();
-                self.layout.check(&spec)?;
-                check_groups(opened.model.decoder().dims(), &opened.names, &spec)?;
-                (spec, self.by_method(&mut opened, &interrupt, quiet)?)
-            }
+        let (spec, rounded) = if let Some(dir) = &self.scales {
+            let scales = Scales::read(dir, &opened.origin)?;
+            let spec = scales.config.search.spec;
+            self.layout.check(&spec)?;
+            let decoder = opened.model.decoder_mut();
+            fold_scales(decoder, &opened.names, &scales.layers)?;
+            (spec, round(decoder, &opened.names, &spec)?)
+        } else {
+            let spec = self.method().spec();
+            self.layout.check(&spec)?;
+            check_groups(opened.model.decoder().dims(), &opened.names, &spec)?;
+            (spec, self.by_method(&mut opened, &interrupt, quiet)?)
         };
         let Opened { checkpoint, model, names, .. } = &mut opened;
         export(model, names, &rounded, &spec, checkpoint, self.layout, &self.out)?;

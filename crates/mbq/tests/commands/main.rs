@@ -1,0 +1,5 @@
+//! The `mbq` binary on tiny models that see.
+
+mod kit;
+mod refusals;
+mod whole;
