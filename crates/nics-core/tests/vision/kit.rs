@@ -89,11 +89,12 @@ impl Fixture {
     }
 }
 
-/// The folder of all fixtures.
+/// The folder of all fixtures: `vision` in what `NICS_GOLDEN` names when it is there, else our own.
 pub fn root() -> PathBuf {
-    std::env::var_os("NICS_GOLDEN")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden"), PathBuf::from)
-        .join("vision")
+    let given = std::env::var_os("NICS_GOLDEN").map(|dir| PathBuf::from(dir).join("vision"));
+    given
+        .filter(|dir| dir.is_dir())
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden/vision"))
 }
 
 /// One fixture by its folder's name.
