@@ -8,6 +8,20 @@
 //! added in float32 in the order of the channels. So a result is the same to the bit with every instruction set, in every
 //! batch and on every number of threads.
 
+/// Runs `$body` for each quad of a unit, with its number as a constant.
+#[cfg(target_arch = "x86_64")]
+macro_rules! each_quad {
+    ($j:ident => $body:block) => {
+        each_quad!(@ $j $body 0 1 2 3 4 5 6 7);
+    };
+    (@ $j:ident $body:block $($n:literal)*) => {
+        $({
+            const $j: usize = $n;
+            $body
+        })*
+    };
+}
+
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -30,8 +44,8 @@ use activations::Activations;
 
 /// Tiles of a task.
 const TILES: usize = 8;
-/// Rows whose sums are kept at a time: 16 KiB a tile.
-const ROWS: usize = 256;
+/// Rows whose sums are kept at a time, of whatever blocks: 15 KiB a tile.
+const ROWS: usize = 240;
 
 /// One matrix of a call.
 #[derive(Debug)]
@@ -124,8 +138,9 @@ pub fn packed_with(
             pool.run(tasks.len(), &|task| {
                 let (target, first) = tasks[task];
                 let end = (first + TILES).min(target.weight.tiles());
-                for row in (0..rows).step_by(ROWS) {
-                    let n = ROWS.min(rows - row);
+                let most = ROWS / x.block() * x.block();
+                for row in (0..rows).step_by(most) {
+                    let n = most.min(rows - row);
                     for tile in first..end {
                         one(isa, rounding.is_wide(), target, tile, x, row, n);
                     }

@@ -30,8 +30,9 @@ impl Rounding {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Rows of integers, in quads of 4 channels. Of two bytes each, a quad has the order 0, 2, 1, 3: the products of even and
-/// odd bytes of weights are summed apart.
+/// Rows of integers in blocks of a few, `[block, quad, row of the block, channel of the quad]`, so that a kernel finds the
+/// rows of a block beside each other; the last block is filled up with rows of 0. Of two bytes each, a quad has the order 0,
+/// 2, 1, 3: the products of even and odd bytes of weights are summed apart.
 #[derive(Debug, Default)]
 pub(super) struct Activations {
     values: Vec<Line>,
@@ -39,10 +40,26 @@ pub(super) struct Activations {
     scales: Vec<f32>,
     /// The sum of a chunk's integers.
     sums: Vec<i32>,
-    /// Bytes of a row.
-    row: usize,
+    /// Rows of a block.
+    block: usize,
+    /// Bytes of a block.
+    size: usize,
     chunks: usize,
     wide: bool,
+    /// A row on its way.
+    floats: Vec<f32>,
+    bytes: Vec<u8>,
+}
+
+/// The most rows of a block.
+pub(super) const MOST: usize = 12;
+
+/// Rows of a block: as few blocks as can be, as even as can be, and of a number that there are kernels for.
+fn block(rows: usize) -> usize {
+    match rows.div_ceil(rows.div_ceil(MOST)) {
+        few @ ..=4 => few,
+        more => more.next_multiple_of(2),
+    }
 }
 
 thread_local! {
@@ -94,22 +111,26 @@ impl Activations {
         let units = input.div_ceil(UNIT);
         self.wide = rounding.is_wide();
         self.chunks = units.div_ceil(chunk);
-        self.row = (units * UNIT * if self.wide { 2 } else { 1 }).next_multiple_of(64);
+        self.block = block(rows);
+        let quad = if self.wide { 8 } else { 4 };
+        let row = units * UNIT / 4 * quad;
+        self.size = (row * self.block).next_multiple_of(64);
         self.values.clear();
-        self.values.resize(rows * self.row / 64, Line([0; 64]));
+        self.values.resize(rows.div_ceil(self.block) * self.size / 64, Line([0; 64]));
         self.scales.clear();
         self.sums.clear();
+        self.floats.resize(input, 0.0);
+        self.bytes.clear();
+        self.bytes.resize(row, 0);
         // SAFETY: a line is its bytes and nothing else.
-        let bytes = unsafe {
+        let values = unsafe {
             std::slice::from_raw_parts_mut(self.values.as_mut_ptr().cast::<u8>(), self.values.len() * 64)
         };
-        let mut wide = vec![0f32; input];
-        for (x, to) in x.chunks_exact(input).zip(bytes.chunks_exact_mut(self.row)) {
-            wide.iter_mut().zip(x).for_each(|(to, x)| *to = x.to_f32());
-            let whole = (rounding == Rounding::A8Row).then(|| largest(&wide).max(1e-5) / 127.0);
-            for (x, to) in
-                wide.chunks(chunk * UNIT).zip(to.chunks_mut(chunk * UNIT * if self.wide { 2 } else { 1 }))
-            {
+        for (r, x) in x.chunks_exact(input).enumerate() {
+            self.floats.iter_mut().zip(x).for_each(|(to, x)| *to = x.to_f32());
+            let whole = (rounding == Rounding::A8Row).then(|| largest(&self.floats).max(1e-5) / 127.0);
+            let step = chunk * UNIT / 4 * quad;
+            for (x, to) in self.floats.chunks(chunk * UNIT).zip(self.bytes.chunks_mut(step)) {
                 let (scale, sum) = if self.wide {
                     to_i16(x, to)
                 } else {
@@ -118,28 +139,43 @@ impl Activations {
                 self.scales.push(scale);
                 self.sums.push(sum);
             }
+            let own = &mut values[r / self.block * self.size..][..row * self.block];
+            let places = own.chunks_exact_mut(quad).skip(r % self.block).step_by(self.block);
+            for (to, quad) in places.zip(self.bytes.chunks_exact(quad)) {
+                to.copy_from_slice(quad);
+            }
         }
     }
 
-    /// A row's integers.
-    #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> *const u8 {
-        // SAFETY: the row is within the values.
-        unsafe { self.values.as_ptr().cast::<u8>().add(row * self.row) }
+    /// Rows of a block.
+    pub(super) fn block(&self) -> usize {
+        self.block
     }
 
-    /// Scale and sum of a chunk of a row.
+    /// Blocks.
+    pub(super) fn blocks(&self) -> usize {
+        self.values.len() * 64 / self.size
+    }
+
+    /// The integers of block `block`.
+    #[inline(always)]
+    pub(super) fn of_block(&self, block: usize) -> *const u8 {
+        self.values.as_ptr().cast::<u8>().wrapping_add(block * self.size)
+    }
+
+    /// Scale and sum of a chunk of a row; 0 of rows that fill up a block.
     #[inline(always)]
     pub(super) fn of(&self, row: usize, chunk: usize) -> (f32, i32) {
         let at = row * self.chunks + chunk;
-        (self.scales[at], self.sums[at])
+        (self.scales.get(at).copied().unwrap_or(0.0), self.sums.get(at).copied().unwrap_or(0))
     }
 
     /// The integer of channel `k` of a row.
     #[inline(always)]
     pub(super) fn get(&self, row: usize, k: usize) -> i32 {
-        let place = if self.wide { k / 4 * 4 + [0, 2, 1, 3][k % 4] } else { k };
-        let from = row * self.row + place * if self.wide { 2 } else { 1 };
+        let quad = (k / 4 * self.block + row % self.block) * 4;
+        let place = quad + if self.wide { [0, 2, 1, 3][k % 4] } else { k % 4 };
+        let from = row / self.block * self.size + place * if self.wide { 2 } else { 1 };
         let byte = |at: usize| self.values[at / 64].0[at % 64];
         if self.wide {
             i32::from(i16::from_le_bytes([byte(from), byte(from + 1)]))
@@ -192,6 +228,7 @@ fn without_values(scale: f32) -> Option<(f32, i32)> {
 #[inline(always)]
 fn to_i8(x: &[f32], to: &mut [u8], scale: f32) -> (f32, i32) {
     if let Some(nothing) = without_values(scale) {
+        to.fill(0);
         return nothing;
     }
     let mut sum = 0;
@@ -207,6 +244,7 @@ fn to_i8(x: &[f32], to: &mut [u8], scale: f32) -> (f32, i32) {
 fn to_i16(x: &[f32], to: &mut [u8]) -> (f32, i32) {
     let scale = largest(x) / 32767.0;
     if let Some(nothing) = without_values(scale) {
+        to.fill(0);
         return nothing;
     }
     let mut sum = 0;

@@ -4,25 +4,21 @@
 use std::arch::x86_64::*;
 
 use super::activations::{Activations, word};
-use super::matrix::{CHUNK, QUADS, TILE, Tile, TileScales, UNIT, Vector};
+use super::matrix::{CHUNK, QUADS, TILE, Tile, TileScales, Vector};
 
-/// Rows up to which weights are decoded anew for every two.
-const FEW: usize = 2;
-/// Rows that share a decoded weight's register.
-const BLOCK: usize = 4;
 /// Bytes by which the stream is prefetched.
 const AHEAD: usize = 4 << 10;
 
-/// The codes of quad `j` of a unit, a byte each, for outputs `8 half ..`.
+/// The codes of quad `J` of a unit, a byte each, for outputs `8 half ..`.
 #[inline(always)]
-unsafe fn quad<const BITS: u32>(unit: *const Vector, half: usize, j: usize) -> __m256i {
+unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector, half: usize) -> __m256i {
     // SAFETY: the caller's function has AVX2, and the unit `BITS` vectors.
     unsafe {
         let vector = |i: usize| _mm256_load_si256(unit.add(i).cast::<__m256i>().add(half));
         match BITS {
             2 | 3 => {
-                let low = vector(j / 4);
-                let low = match j % 4 {
+                let low = vector(J / 4);
+                let low = match J % 4 {
                     0 => low,
                     1 => _mm256_srli_epi16::<2>(low),
                     2 => _mm256_srli_epi16::<4>(low),
@@ -33,7 +29,7 @@ unsafe fn quad<const BITS: u32>(unit: *const Vector, half: usize, j: usize) -> _
                     return low;
                 }
                 let high = vector(2);
-                let high = match j {
+                let high = match J {
                     0 => _mm256_slli_epi16::<2>(high),
                     1 => _mm256_slli_epi16::<1>(high),
                     2 => high,
@@ -46,11 +42,11 @@ unsafe fn quad<const BITS: u32>(unit: *const Vector, half: usize, j: usize) -> _
                 _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(4)))
             }
             4 => {
-                let both = vector(j / 2);
-                let nibble = if j.is_multiple_of(2) { both } else { _mm256_srli_epi16::<4>(both) };
+                let both = vector(J / 2);
+                let nibble = if J.is_multiple_of(2) { both } else { _mm256_srli_epi16::<4>(both) };
                 _mm256_and_si256(nibble, _mm256_set1_epi8(15))
             }
-            _ => vector(j),
+            _ => vector(J),
         }
     }
 }
@@ -142,129 +138,64 @@ unsafe fn settle(
     }
 }
 
+/// Blocks of `ROWS` rows: a chunk of weights is decoded once for all of them, half a tile at a time.
 #[inline(always)]
-unsafe fn few<const BITS: u32, const WIDE: bool, const ROWS: usize>(
+unsafe fn blocks<const BITS: u32, const WIDE: bool, const ROWS: usize>(
     tile: &Tile,
     x: &Activations,
     first: usize,
     y: &mut [[f32; TILE]],
 ) {
-    let rows: [*const u8; ROWS] = std::array::from_fn(|t| x.row(first + t));
-    let size = if WIDE { 2 } else { 1 };
+    let quad_of_x = if WIDE { 8 } else { 4 };
+    y.fill([0.0; TILE]);
     // SAFETY: the caller's function has AVX2; units and rows are as long as the tile says, and a prefetch may be of any
     // address.
     unsafe {
-        let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
-        let mut unit = tile.stream.as_ptr();
-        let mut k = 0;
-        for chunk in 0..tile.chunks() {
-            let mut acc: [[Sums; 2]; ROWS] = std::array::from_fn(|_| std::array::from_fn(|_| Sums::zero()));
-            for _ in 0..tile.units_of(chunk) {
-                for i in 0..BITS as usize {
-                    _mm_prefetch::<_MM_HINT_T0>(unit.cast::<i8>().wrapping_add(AHEAD + 64 * i));
-                }
-                for half in 0..2 {
-                    for j in 0..QUADS {
-                        let weights = quad::<BITS>(unit, half, j);
-                        for t in 0..ROWS {
-                            acc[t][half].add::<BITS, WIDE>(weights, rows[t].add((k + 4 * j) * size));
-                        }
-                    }
-                    for acc in &mut acc {
-                        acc[half].widen::<BITS, WIDE>();
-                    }
-                }
-                unit = unit.add(BITS as usize);
-                k += UNIT;
-            }
-            for half in 0..2 {
-                let own = parameters(tile, half, chunk);
-                for t in 0..ROWS {
-                    sums[t][half] = settle(sums[t][half], acc[t][half].whole, own, x.of(first + t, chunk));
-                }
-            }
-        }
-        for t in 0..ROWS {
-            for half in 0..2 {
-                _mm256_storeu_ps(y[t][8 * half..].as_mut_ptr(), sums[t][half]);
-            }
-        }
-    }
-}
-
-/// Rows that share a decoded chunk.
-#[inline(always)]
-unsafe fn block<const BITS: u32, const WIDE: bool, const ROWS: usize>(
-    decoded: &[__m256i],
-    x: &Activations,
-    first: usize,
-    k: usize,
-) -> [__m256i; ROWS] {
-    let size = if WIDE { 2 } else { 1 };
-    let rows: [*const u8; ROWS] = std::array::from_fn(|t| x.row(first + t).wrapping_add(k * size));
-    // SAFETY: the caller's function has AVX2; rows are as long as the matrix is wide.
-    unsafe {
-        let mut acc: [Sums; ROWS] = std::array::from_fn(|_| Sums::zero());
-        for (i, unit) in decoded.chunks_exact(QUADS).enumerate() {
-            for (j, weights) in unit.iter().enumerate() {
-                for t in 0..ROWS {
-                    acc[t].add::<BITS, WIDE>(*weights, rows[t].add((UNIT * i + 4 * j) * size));
-                }
-            }
-            for acc in &mut acc {
-                acc.widen::<BITS, WIDE>();
-            }
-        }
-        acc.map(|acc| acc.whole)
-    }
-}
-
-#[inline(always)]
-unsafe fn many<const BITS: u32, const WIDE: bool>(
-    tile: &Tile,
-    x: &Activations,
-    first: usize,
-    y: &mut [[f32; TILE]],
-) {
-    y.fill([0.0; TILE]);
-    // SAFETY: the caller's function has AVX2; units are as many as the tile says.
-    unsafe {
         let mut decoded = [_mm256_setzero_si256(); CHUNK / 4];
         for chunk in 0..tile.chunks() {
-            let (units, k) = (tile.units_of(chunk), chunk * tile.chunk * UNIT);
+            let quads = tile.units_of(chunk) * QUADS;
+            let units = tile.stream.as_ptr().add(chunk * tile.chunk * BITS as usize);
+            for i in 0..tile.units_of(chunk) * BITS as usize {
+                _mm_prefetch::<_MM_HINT_T0>(units.cast::<i8>().wrapping_add(AHEAD + 64 * i));
+            }
             for half in 0..2 {
-                let mut unit = tile.stream.as_ptr().add(chunk * tile.chunk * BITS as usize);
-                for quads in decoded[..units * QUADS].chunks_exact_mut(QUADS) {
-                    for (j, to) in quads.iter_mut().enumerate() {
-                        *to = quad::<BITS>(unit, half, j);
-                    }
+                let mut unit = units;
+                for to in decoded[..quads].chunks_exact_mut(QUADS) {
+                    each_quad!(J => { to[J] = quad::<BITS, J>(unit, half); });
                     unit = unit.add(BITS as usize);
                 }
-                let decoded = &decoded[..units * QUADS];
                 let own = parameters(tile, half, chunk);
-                let n = y.len();
-                let mut settle_all = |row: usize, acc: &[__m256i]| {
-                    for (t, acc) in acc.iter().enumerate() {
-                        let to = y[row + t][8 * half..].as_mut_ptr();
-                        let sum = settle(_mm256_loadu_ps(to), *acc, own, x.of(first + row + t, chunk));
-                        _mm256_storeu_ps(to, sum);
+                for (block, y) in y.chunks_mut(ROWS).enumerate() {
+                    let row = first + block * ROWS;
+                    let at = x.of_block(row / ROWS).add(chunk * tile.chunk * QUADS * ROWS * quad_of_x);
+                    // Four rows at a time: as many sums as there are registers for.
+                    for from in (0..ROWS.min(y.len())).step_by(4) {
+                        let n = 4.min(ROWS - from);
+                        let mut acc: [Sums; 4] = std::array::from_fn(|_| Sums::zero());
+                        for (i, unit) in decoded[..quads].chunks_exact(QUADS).enumerate() {
+                            for (j, weights) in unit.iter().enumerate() {
+                                let at = at.add(((i * QUADS + j) * ROWS + from) * quad_of_x);
+                                for t in 0..n {
+                                    acc[t].add::<BITS, WIDE>(*weights, at.add(t * quad_of_x));
+                                }
+                            }
+                            for acc in &mut acc[..n] {
+                                acc.widen::<BITS, WIDE>();
+                            }
+                        }
+                        for t in 0..n.min(y.len() - from) {
+                            let to = y[from + t][8 * half..].as_mut_ptr();
+                            let of = x.of(row + from + t, chunk);
+                            _mm256_storeu_ps(to, settle(_mm256_loadu_ps(to), acc[t].whole, own, of));
+                        }
                     }
-                };
-                let mut row = 0;
-                while row + BLOCK <= n {
-                    settle_all(row, &block::<BITS, WIDE, BLOCK>(decoded, x, first + row, k));
-                    row += BLOCK;
-                }
-                while row < n {
-                    settle_all(row, &block::<BITS, WIDE, 1>(decoded, x, first + row, k));
-                    row += 1;
                 }
             }
         }
     }
 }
 
-/// Sums of a tile's products with rows `first ..` of the activations, `[rows, 16]`.
+/// Sums of a tile's products with rows `first ..` of the activations, `[rows, 16]`; `first` begins a block.
 ///
 /// # Safety
 /// The processor has AVX2 and F16C.
@@ -275,13 +206,14 @@ pub(super) unsafe fn tile<const BITS: u32, const WIDE: bool>(
     first: usize,
     y: &mut [[f32; TILE]],
 ) {
-    // SAFETY: this function has the instructions.
-    unsafe {
-        match y.len() {
-            0 => {}
-            1 => few::<BITS, WIDE, 1>(&tile, x, first, y),
-            FEW => few::<BITS, WIDE, FEW>(&tile, x, first, y),
-            _ => many::<BITS, WIDE>(&tile, x, first, y),
-        }
+    macro_rules! with_rows {
+        ($($rows:literal),*) => {
+            match x.block() {
+                // SAFETY: this function has the instructions.
+                $($rows => unsafe { blocks::<BITS, WIDE, $rows>(&tile, x, first, y) },)*
+                other => unreachable!("blocks of {other} rows"),
+            }
+        };
     }
+    with_rows!(1, 2, 3, 4, 6, 8, 10, 12);
 }

@@ -4,25 +4,21 @@
 use std::arch::x86_64::*;
 
 use super::activations::{Activations, word};
-use super::matrix::{QUADS, TILE, Tile, TileScales, UNIT, Vector};
+use super::matrix::{CHUNK, QUADS, TILE, Tile, TileScales, Vector};
 
-/// Rows up to which weights are decoded anew for every four.
-const FEW: usize = 4;
-/// Rows that share a decoded weight's register.
-const BLOCK: usize = 12;
 /// Bytes by which the stream is prefetched.
-const AHEAD: usize = 8 << 10;
+const AHEAD: usize = 1 << 10;
 
-/// The codes of quad `j` of a unit, a byte each.
+/// The codes of quad `J` of a unit, a byte each.
 #[inline(always)]
-unsafe fn quad<const BITS: u32>(unit: *const Vector, j: usize) -> __m512i {
+unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector) -> __m512i {
     // SAFETY: the caller's function has AVX-512, and the unit `BITS` vectors.
     unsafe {
         let vector = |i: usize| _mm512_load_si512(unit.add(i).cast());
         match BITS {
             2 | 3 => {
-                let low = vector(j / 4);
-                let low = match j % 4 {
+                let low = vector(J / 4);
+                let low = match J % 4 {
                     0 => low,
                     1 => _mm512_srli_epi16::<2>(low),
                     2 => _mm512_srli_epi16::<4>(low),
@@ -33,7 +29,7 @@ unsafe fn quad<const BITS: u32>(unit: *const Vector, j: usize) -> __m512i {
                     return _mm512_and_si512(low, three);
                 }
                 let high = vector(2);
-                let high = match j {
+                let high = match J {
                     0 => _mm512_slli_epi16::<2>(high),
                     1 => _mm512_slli_epi16::<1>(high),
                     2 => high,
@@ -43,16 +39,16 @@ unsafe fn quad<const BITS: u32>(unit: *const Vector, j: usize) -> __m512i {
                     6 => _mm512_srli_epi16::<4>(high),
                     _ => _mm512_srli_epi16::<5>(high),
                 };
-                // (low & 3) | (high & 4) is the bit of `high` where the mask is 0.
+                // (low & 3) | (high & 4): `low` where the mask has ones, `high` elsewhere.
                 let both = _mm512_ternarylogic_epi32::<0xca>(three, low, high);
                 _mm512_and_si512(both, _mm512_set1_epi8(7))
             }
             4 => {
-                let both = vector(j / 2);
-                let nibble = if j.is_multiple_of(2) { both } else { _mm512_srli_epi16::<4>(both) };
+                let both = vector(J / 2);
+                let nibble = if J.is_multiple_of(2) { both } else { _mm512_srli_epi16::<4>(both) };
                 _mm512_and_si512(nibble, _mm512_set1_epi8(15))
             }
-            _ => vector(j),
+            _ => vector(J),
         }
     }
 }
@@ -104,37 +100,35 @@ unsafe fn settle(
     }
 }
 
-/// `ROWS` rows, `CHAINS` independent sums each.
+/// One block of `ROWS` rows, `CHAINS` independent sums each; weights are decoded on the way.
 #[inline(always)]
-unsafe fn few<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS: usize>(
+unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS: usize>(
     tile: &Tile,
     x: &Activations,
-    first: usize,
     y: &mut [[f32; TILE]],
 ) {
-    let rows: [*const u8; ROWS] = std::array::from_fn(|t| x.row(first + t));
-    let size = if WIDE { 2 } else { 1 };
+    let quad_of_x = if WIDE { 8 } else { 4 };
     // SAFETY: the caller's function has AVX-512 with VNNI; units and rows are as long as the tile says, and a prefetch may
     // be of any address.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); ROWS];
         let mut unit = tile.stream.as_ptr();
-        let mut k = 0;
+        let mut at = x.of_block(0);
         for chunk in 0..tile.chunks() {
             let mut acc = [[_mm512_setzero_si512(); CHAINS]; ROWS];
             for _ in 0..tile.units_of(chunk) {
                 for i in 0..BITS as usize {
                     _mm_prefetch::<_MM_HINT_T0>(unit.cast::<i8>().wrapping_add(AHEAD + 64 * i));
                 }
-                for j in 0..QUADS {
-                    let weights = quad::<BITS>(unit, j);
+                each_quad!(J => {
+                    let weights = quad::<BITS, J>(unit);
                     for t in 0..ROWS {
-                        let at = rows[t].add((k + 4 * j) * size);
-                        acc[t][j % CHAINS] = dot::<WIDE>(acc[t][j % CHAINS], weights, at);
+                        let x = at.add((J * ROWS + t) * quad_of_x);
+                        acc[t][J % CHAINS] = dot::<WIDE>(acc[t][J % CHAINS], weights, x);
                     }
-                }
+                });
                 unit = unit.add(BITS as usize);
-                k += UNIT;
+                at = at.add(QUADS * ROWS * quad_of_x);
             }
             let own = parameters(tile, chunk);
             for t in 0..ROWS {
@@ -142,85 +136,57 @@ unsafe fn few<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS
                 for chain in 1..CHAINS {
                     all = _mm512_add_epi32(all, acc[t][chain]);
                 }
-                sums[t] = settle(sums[t], all, own, x.of(first + t, chunk));
+                sums[t] = settle(sums[t], all, own, x.of(t, chunk));
             }
         }
-        for t in 0..ROWS {
-            _mm512_storeu_ps(y[t].as_mut_ptr(), sums[t]);
+        for (y, sum) in y.iter_mut().zip(sums) {
+            _mm512_storeu_ps(y.as_mut_ptr(), sum);
         }
     }
 }
 
-/// Rows that share a decoded chunk.
+/// Several blocks of `ROWS` rows: a chunk of weights is decoded once for all.
 #[inline(always)]
-unsafe fn block<const WIDE: bool, const ROWS: usize>(
-    decoded: &[__m512i],
-    x: &Activations,
-    first: usize,
-    k: usize,
-) -> [__m512i; ROWS] {
-    let size = if WIDE { 2 } else { 1 };
-    let rows: [*const u8; ROWS] = std::array::from_fn(|t| x.row(first + t).wrapping_add(k * size));
-    // SAFETY: the caller's function has AVX-512 with VNNI; rows are as long as the matrix is wide.
-    unsafe {
-        let mut acc = [_mm512_setzero_si512(); ROWS];
-        for (j, weights) in decoded.iter().enumerate() {
-            for t in 0..ROWS {
-                acc[t] = dot::<WIDE>(acc[t], *weights, rows[t].add(4 * j * size));
-            }
-        }
-        acc
-    }
-}
-
-#[inline(always)]
-unsafe fn many<const BITS: u32, const WIDE: bool>(
+unsafe fn several<const BITS: u32, const WIDE: bool, const ROWS: usize>(
     tile: &Tile,
     x: &Activations,
     first: usize,
     y: &mut [[f32; TILE]],
 ) {
+    let quad_of_x = if WIDE { 8 } else { 4 };
     y.fill([0.0; TILE]);
-    // SAFETY: the caller's function has AVX-512 with VNNI; units are as many as the tile says.
+    // SAFETY: the caller's function has AVX-512 with VNNI; units and rows are as long as the tile says.
     unsafe {
-        let mut decoded = [_mm512_setzero_si512(); super::matrix::CHUNK / 4];
+        let mut decoded = [_mm512_setzero_si512(); CHUNK / 4];
         let mut unit = tile.stream.as_ptr();
         for chunk in 0..tile.chunks() {
-            let units = tile.units_of(chunk);
-            for quads in decoded[..units * QUADS].chunks_exact_mut(QUADS) {
-                for (j, to) in quads.iter_mut().enumerate() {
-                    *to = quad::<BITS>(unit, j);
-                }
+            let quads = tile.units_of(chunk) * QUADS;
+            for to in decoded[..quads].chunks_exact_mut(QUADS) {
+                each_quad!(J => { to[J] = quad::<BITS, J>(unit); });
                 unit = unit.add(BITS as usize);
             }
-            let decoded = &decoded[..units * QUADS];
-            let (own, k) = (parameters(tile, chunk), chunk * tile.chunk * UNIT);
-            let n = y.len();
-            let mut settle_all = |row: usize, acc: &[__m512i]| {
-                for (t, acc) in acc.iter().enumerate() {
-                    let to = y[row + t].as_mut_ptr();
-                    let sum = settle(_mm512_loadu_ps(to), *acc, own, x.of(first + row + t, chunk));
+            let own = parameters(tile, chunk);
+            for (block, y) in y.chunks_mut(ROWS).enumerate() {
+                let row = first + block * ROWS;
+                let mut at = x.of_block(row / ROWS).add(chunk * tile.chunk * QUADS * ROWS * quad_of_x);
+                let mut acc = [_mm512_setzero_si512(); ROWS];
+                for weights in &decoded[..quads] {
+                    for t in 0..ROWS {
+                        acc[t] = dot::<WIDE>(acc[t], *weights, at.add(t * quad_of_x));
+                    }
+                    at = at.add(ROWS * quad_of_x);
+                }
+                for t in 0..ROWS.min(y.len()) {
+                    let to = y[t].as_mut_ptr();
+                    let sum = settle(_mm512_loadu_ps(to), acc[t], own, x.of(row + t, chunk));
                     _mm512_storeu_ps(to, sum);
                 }
-            };
-            let mut row = 0;
-            while row + BLOCK <= n {
-                settle_all(row, &block::<WIDE, BLOCK>(decoded, x, first + row, k));
-                row += BLOCK;
-            }
-            while row + FEW <= n {
-                settle_all(row, &block::<WIDE, FEW>(decoded, x, first + row, k));
-                row += FEW;
-            }
-            while row < n {
-                settle_all(row, &block::<WIDE, 1>(decoded, x, first + row, k));
-                row += 1;
             }
         }
     }
 }
 
-/// Sums of a tile's products with rows `first ..` of the activations, `[rows, 16]`.
+/// Sums of a tile's products with rows `first ..` of the activations, `[rows, 16]`; `first` begins a block.
 ///
 /// # Safety
 /// The processor has AVX-512 F, BW, VL, DQ and VNNI.
@@ -231,15 +197,17 @@ pub(super) unsafe fn tile<const BITS: u32, const WIDE: bool>(
     first: usize,
     y: &mut [[f32; TILE]],
 ) {
-    // SAFETY: this function has the instructions.
-    unsafe {
-        match y.len() {
-            0 => {}
-            1 => few::<BITS, WIDE, 1, 4>(&tile, x, first, y),
-            2 => few::<BITS, WIDE, 2, 2>(&tile, x, first, y),
-            3 => few::<BITS, WIDE, 3, 2>(&tile, x, first, y),
-            FEW => few::<BITS, WIDE, FEW, 1>(&tile, x, first, y),
-            _ => many::<BITS, WIDE>(&tile, x, first, y),
-        }
+    macro_rules! with_rows {
+        ($($rows:literal $chains:literal),*) => {
+            // SAFETY: this function has the instructions.
+            match x.block() {
+                $(
+                    $rows if x.blocks() == 1 => unsafe { one::<BITS, WIDE, $rows, $chains>(&tile, x, y) },
+                    $rows => unsafe { several::<BITS, WIDE, $rows>(&tile, x, first, y) },
+                )*
+                other => unreachable!("blocks of {other} rows"),
+            }
+        };
     }
+    with_rows!(1 4, 2 2, 3 2, 4 1, 6 1, 8 1, 10 1, 12 1);
 }
