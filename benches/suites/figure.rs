@@ -43,6 +43,9 @@ pub struct Run {
     pub who: String,
     /// Seconds, one for each round.
     pub seconds: Vec<f64>,
+    /// Relative error (L2) of what it computes, where contenders compute different things.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<f64>,
 }
 
 /// A peer that took no part, and why.

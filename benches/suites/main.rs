@@ -9,6 +9,7 @@ mod decode;
 mod figure;
 mod gemv;
 mod memory;
+mod packed;
 mod pages;
 mod peers;
 mod prefill;
@@ -25,11 +26,12 @@ use settings::{Settings, Size};
 /// A suite.
 type Suite = fn(&Settings) -> Result<()>;
 
-const SUITES: [(&str, Suite); 7] = [
+const SUITES: [(&str, Suite); 8] = [
     ("decode", decode::run),
     ("prefill", prefill::run),
     ("serve", serve::run),
     ("gemv", gemv::run),
+    ("packed", packed::run),
     ("attention", attention::run),
     ("route", route::run),
     ("pages", pages::run),

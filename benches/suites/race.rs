@@ -24,19 +24,26 @@ pub struct Contender<'a> {
     pub who: String,
     /// One turn; gives the seconds that count.
     pub turn: Box<dyn FnMut() -> Result<f64> + 'a>,
+    /// As [`Run::error`].
+    pub error: Option<f64>,
 }
 
 impl<'a> Contender<'a> {
     /// A contender.
     pub fn new(who: impl Into<String>, turn: impl FnMut() -> Result<f64> + 'a) -> Self {
-        Self { who: who.into(), turn: Box::new(turn) }
+        Self { who: who.into(), turn: Box::new(turn), error: None }
+    }
+
+    /// With the error of what it computes.
+    pub fn with_error(self, error: Option<f64>) -> Self {
+        Self { error, ..self }
     }
 }
 
 /// Lets the contenders take turns: one round that does not count, then as many as `budget` says.
 pub fn race(contenders: &mut [Contender], budget: &Budget) -> Result<Vec<Run>> {
     let mut runs: Vec<Run> =
-        contenders.iter().map(|c| Run { who: c.who.clone(), seconds: Vec::new() }).collect();
+        contenders.iter().map(|c| Run { who: c.who.clone(), seconds: Vec::new(), error: c.error }).collect();
     let mut round = |start: usize| -> Result<Vec<f64>> {
         let n = contenders.len();
         let mut seconds = vec![0.0; n];
@@ -72,7 +79,10 @@ pub fn tell(settings: &Settings, case: &Case) -> Result<()> {
     let shown: Vec<String> = case
         .runs
         .iter()
-        .map(|run| format!("{} {:.3} ms", run.who, 1e3 * median(&run.seconds)))
+        .map(|run| {
+            let error = run.error.map_or(String::new(), |e| format!(" (error {e:.1e})"));
+            format!("{} {:.3} ms{error}", run.who, 1e3 * median(&run.seconds))
+        })
         .chain(case.absent.iter().map(|a| format!("{} absent ({})", a.who, a.why)))
         .collect();
     println!("{}: {} a {}", case.id(), shown.join(", "), case.per);

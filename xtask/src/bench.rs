@@ -22,7 +22,7 @@ use crate::{cargo, process};
 use figure::Case;
 
 /// The suites, in the order in which they run.
-const SUITES: [&str; 7] = ["decode", "prefill", "serve", "gemv", "attention", "route", "pages"];
+const SUITES: [&str; 8] = ["decode", "prefill", "serve", "gemv", "packed", "attention", "route", "pages"];
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]

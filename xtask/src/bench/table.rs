@@ -62,18 +62,19 @@ pub fn text(case: &Case, bandwidth: f64) -> String {
     if let Some(share) = share(case, time, bandwidth) {
         let _ = write!(text, ", {:.0} % of {:.1} GB/s", 100.0 * share, bandwidth / 1e9);
     }
-    text.push('\n');
+    let _ = writeln!(text, "{}", error(subject));
     for peer in peers {
         let time = Spread::of(peer.seconds.clone());
         let ratio = ratio(peer, subject);
         let _ = writeln!(
             text,
-            "    {:<20} {:>10}   {:.2} times ours ({:.2} to {:.2})",
+            "    {:<20} {:>10}   {:.2} times ours ({:.2} to {:.2}){}",
             peer.who,
             duration(time.median),
             ratio.median,
             ratio.low,
-            ratio.high
+            ratio.high,
+            error(peer)
         );
     }
     if let Some(overhead) = overhead(case) {
@@ -83,6 +84,10 @@ pub fn text(case: &Case, bandwidth: f64) -> String {
         let _ = writeln!(text, "    {:<20} absent: {}", absent.who, absent.why);
     }
     text
+}
+
+fn error(run: &Run) -> String {
+    run.error.map_or(String::new(), |error| format!(", relative error {error:.1e}"))
 }
 
 fn duration(seconds: f64) -> String {
@@ -117,6 +122,7 @@ pub fn rows(case: &Case, bandwidth: f64, preset: &str, cpu: &str) -> Vec<Row> {
     let mut rows = Vec::new();
     for run in &case.runs {
         rows.push(row(run, &seconds, Spread::of(run.seconds.clone()).median, "s", false));
+        rows.extend(run.error.map(|error| row(run, "relative error", error, "", false)));
     }
     for peer in peers {
         let ratio = ratio(peer, subject);
@@ -162,7 +168,7 @@ mod tests {
     use super::*;
 
     fn case() -> Case {
-        let run = |who: &str, seconds: &[f64]| Run { who: who.into(), seconds: seconds.to_vec() };
+        let run = |who: &str, seconds: &[f64]| Run { who: who.into(), seconds: seconds.to_vec(), error: None };
         Case {
             suite: "decode".into(),
             name: "batch 1".into(),
