@@ -245,7 +245,8 @@ impl Pool {
     /// A slab more: a part of what there is, at least one block of the largest order.
     fn grow(&mut self) {
         let largest = self.size(self.top);
-        let bytes = (self.allocated / GROWTH).min(LARGEST_SLAB).max(largest).next_multiple_of(SYSTEM_PAGE);
+        let blocks = (self.allocated / GROWTH).min(LARGEST_SLAB) / largest;
+        let bytes = (blocks.max(1) * largest).next_multiple_of(SYSTEM_PAGE);
         let Ok(memory) = MmapMut::map_anon(bytes) else {
             // As for any other memory that the system does not give.
             let layout = Layout::from_size_align(bytes, SYSTEM_PAGE).unwrap_or(Layout::new::<u8>());
