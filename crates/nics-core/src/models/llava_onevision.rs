@@ -4,17 +4,27 @@
 //! An image alone in its prompt is seen whole and in tiles of an enlarged copy: the tiles' features are put together to
 //! one map, the margin of the enlargement is cut off, a map that is too large is shrunk, and every row of it ends in
 //! `image_newline`. A video's frames are halved in both directions, and one `image_newline` ends it.
+//!
+//! The checkpoints that the authors published themselves, LLaVA-Video's among them (`LlavaQwenForCausalLM`), are read too:
+//! their configuration says how frames are halved and where newlines stand, and one placeholder stands for images and
+//! videos.
+
+mod maps;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
+use maps::margins;
+pub use maps::{Anyres, Newlines, Pooling};
+
 use super::llava::{self, LlavaVision, NAMES};
 use super::multimodal::{Positions, Vision, Vlm, text_config};
 use super::vit::TowerConfig;
-use super::{Decoder, DecoderConfig, ProjectionVisitor};
+use super::{Decoder, DecoderConfig, ProjectionVisitor, siglip};
 use crate::checkpoint::TensorPath;
-use crate::vision::{Layout, Prepared, TokenKind, VisionError, senseless};
+use crate::nn::Activation;
+use crate::vision::{CLIP_MEAN, CLIP_STD, Layout, Prepared, TokenKind, VisionError, senseless};
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -38,14 +48,63 @@ pub struct Config {
     pub image_grid_pinpoints: Vec<[u32; 2]>,
     /// A map of features is shrunk to so many pictures.
     pub max_pictures: usize,
+    /// How the maps of a video's frames are halved.
+    pub pooling: Pooling,
+    /// Where newlines stand in a video.
+    pub newlines: Newlines,
+    /// Mean and deviation of a channel, where preprocessor_config.json does not say them.
+    pub normal: ([f64; 3], [f64; 3]),
+}
+
+/// The fields of the authors' own configurations.
+#[derive(Deserialize)]
+struct Original {
+    mm_vision_tower: Option<String>,
+    mm_vision_select_layer: Option<i64>,
+    mm_projector_type: Option<String>,
+    mm_spatial_pool_mode: Option<String>,
+    mm_spatial_pool_stride: Option<i64>,
+    mm_newline_position: Option<String>,
+    image_aspect_ratio: Option<String>,
+    image_grid_pinpoints: Option<Value>,
+    image_token_index: Option<u32>,
+}
+
+/// The tower that all of the authors' checkpoints have.
+fn so400m() -> Map<String, Value> {
+    let fields = [
+        ("hidden_size", 1152),
+        ("intermediate_size", 4304),
+        ("num_hidden_layers", 27),
+        ("num_attention_heads", 16),
+        ("image_size", 384),
+        ("patch_size", 14),
+    ];
+    fields.into_iter().map(|(field, n)| (field.to_owned(), n.into())).collect()
+}
+
+/// Resolutions in multiples of `edge`, from a text like `(1x1),...,(6x6)`.
+fn pinpoints_of(text: &str, edge: u32) -> Option<Vec<[u32; 2]>> {
+    let pair = |text: &str| -> Option<[u32; 2]> {
+        let (a, b) = text.trim().trim_matches(['(', ')']).split_once('x')?;
+        Some([a.trim().parse().ok()?, b.trim().parse().ok()?])
+    };
+    let (first, last) = (pair(text.split(',').next()?)?, pair(text.rsplit(',').next()?)?);
+    let sane = (0..2).all(|i| (1..=last[i]).contains(&first[i]) && last[i] <= 64);
+    sane.then(|| {
+        (first[0]..=last[0]).flat_map(|a| (first[1]..=last[1]).map(move |b| [a * edge, b * edge])).collect()
+    })
 }
 
 impl Config {
-    /// Reads a config.json of LLaVA-OneVision.
+    /// Reads a config.json of LLaVA-OneVision, transformers' or the authors' own.
     ///
     /// # Errors
     /// A field that is missing or senseless.
     pub fn parse(json: &Map<String, Value>) -> Result<Self> {
+        if !json.contains_key("text_config") {
+            return Self::parse_original(json);
+        }
         let text: DecoderConfig = text_config(json, "text_config", "qwen2")?;
         let llava = llava::Config::with(json, text, "siglip_vision_model", -1, "full", 151_646)?;
         let raw: Raw = serde_path_to_error::deserialize(Value::Object(json.clone()))
@@ -71,61 +130,87 @@ impl Config {
             video_token: llava.video_token.unwrap_or(151_647),
             image_grid_pinpoints: pinpoints,
             max_pictures,
+            pooling: Pooling::Bilinear,
+            newlines: Newlines::Video,
+            normal: (CLIP_MEAN, CLIP_STD),
             llava,
         })
+    }
+
+    /// The authors' own configuration: the language model's fields at the top, no `vision_config`.
+    fn parse_original(json: &Map<String, Value>) -> Result<Self> {
+        let raw: Original = serde_path_to_error::deserialize(Value::Object(json.clone()))
+            .map_err(|e| Error::Config(format!("`{}`: {}", e.path(), e.inner())))?;
+        let text = super::config_of_type("qwen2", json)?;
+        let projector = raw.mm_projector_type.as_deref().unwrap_or("mlp2x_gelu");
+        if projector != "mlp2x_gelu" {
+            return Err(senseless("mm_projector_type", format!("is `{projector}`, known is `mlp2x_gelu`")));
+        }
+        let vision = match (json.get("vision_config").and_then(Value::as_object), &raw.mm_vision_tower) {
+            (Some(given), _) => siglip::config(given)?,
+            (None, Some(name)) if name.contains("siglip-so400m-patch14-384") => siglip::config(&so400m())?,
+            (None, name) => {
+                let found = name.as_deref().unwrap_or("missing");
+                let reason = format!("is {found}, known is google/siglip-so400m-patch14-384");
+                return Err(senseless("mm_vision_tower", reason));
+            }
+        };
+        let edge = vision.image_size as u32;
+        let pinpoints = match raw.image_grid_pinpoints {
+            Some(Value::String(text)) => pinpoints_of(&text, edge),
+            Some(list) => serde_json::from_value(list).ok(),
+            None => pinpoints_of("(1x1),(6x6)", edge),
+        };
+        let whole = |p: &Vec<[u32; 2]>| p.iter().flatten().all(|n| *n > 0 && *n % edge == 0 && *n <= 1 << 14);
+        let pinpoints = pinpoints.filter(whole).ok_or_else(|| {
+            let reason = format!("is no list of resolutions in multiples of the tower's {edge} pixels");
+            senseless("image_grid_pinpoints", reason)
+        })?;
+        let ratio = raw.image_aspect_ratio.as_deref().unwrap_or("anyres_max_9");
+        // Without a limit of its own a map is never shrunk.
+        let max_pictures = match ratio.strip_prefix("anyres_max_") {
+            Some(n) => n.parse().ok().filter(|n| (1..=1 << 16).contains(n)),
+            None => (ratio == "anyres").then_some(1 << 16),
+        };
+        let max_pictures = max_pictures.ok_or_else(|| {
+            let reason = format!("is `{ratio}`, expected `anyres` or `anyres_max_` and a number");
+            senseless("image_aspect_ratio", reason)
+        })?;
+        if let Some(stride) = raw.mm_spatial_pool_stride.filter(|&stride| stride != 2) {
+            return Err(senseless("mm_spatial_pool_stride", format!("is {stride}, known is 2")));
+        }
+        let image_token = raw.image_token_index.unwrap_or(151_646);
+        let llava = llava::Config {
+            text,
+            vision: vision.clone(),
+            image_token,
+            video_token: Some(image_token),
+            feature_layers: vec![raw.mm_vision_select_layer.unwrap_or(-2)],
+            drops_first: false,
+            projector_act: Activation::Gelu,
+            projector_bias: true,
+        };
+        Ok(Self {
+            llava,
+            vision,
+            image_token,
+            video_token: image_token,
+            image_grid_pinpoints: pinpoints,
+            max_pictures,
+            pooling: Pooling::parse(raw.mm_spatial_pool_mode.as_deref().unwrap_or("bilinear"))?,
+            newlines: Newlines::parse(raw.mm_newline_position.as_deref().unwrap_or("one_token"))?,
+            normal: ([0.5; 3], [0.5; 3]),
+        })
+    }
+
+    /// Tokens of a video of so many frames.
+    pub fn video_tokens(&self, frames: usize) -> usize {
+        self.newlines.tokens(frames, self.pooling.half(self.vision.side() as usize))
     }
 
     /// The arithmetic of its maps of features.
     pub fn anyres(&self) -> Anyres {
         Anyres { side: self.vision.side() as usize, max_pictures: self.max_pictures }
-    }
-}
-
-/// The arithmetic of "any resolution": how large maps of features are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Anyres {
-    /// Features along an edge of a picture.
-    pub side: usize,
-    /// A map is shrunk to so many pictures.
-    pub max_pictures: usize,
-}
-
-impl Anyres {
-    /// The size to which a map is shrunk, when it is too large.
-    fn shrunk(self, [height, width]: [usize; 2]) -> Option<[usize; 2]> {
-        let ratio = ((height * width) as f64 / (self.max_pictures * self.side.pow(2)) as f64).sqrt();
-        // Rounded down after the division, as Python's `//`.
-        let divided = |n: usize| ((n as f64 / ratio).floor() as usize).max(1);
-        (ratio > 1.1).then(|| [divided(height), divided(width)])
-    }
-
-    /// Tokens of an image in `rows * columns` tiles: the whole, the map, the newlines of its rows.
-    pub fn image_tokens(self, rows: usize, columns: usize, original: [usize; 2]) -> usize {
-        let map = [rows * self.side, columns * self.side];
-        let [top, left] = margins(map, original);
-        let inner = [map[0] - 2 * top, map[1] - 2 * left];
-        let [height, width] = self.shrunk(inner).unwrap_or(inner);
-        self.side.pow(2) + height * (width + 1)
-    }
-
-    /// Tokens of a frame of a video.
-    pub fn pooled_tokens(self) -> usize {
-        self.side.div_ceil(2).pow(2)
-    }
-}
-
-/// Rows and columns of the margins above and left of an image in the map of its tiles (those below and right are the
-/// same): the side in which the image is relatively shorter was filled up.
-fn margins([height, width]: [usize; 2], original: [usize; 2]) -> [usize; 2] {
-    let [original_height, original_width] = original.map(|n| n as f64);
-    // As the reference: rounded at the seventh digit, then down.
-    let whole = |x: f64| format!("{x:.7}").parse::<f64>().unwrap_or(x) as usize;
-    if original_width / original_height > width as f64 / height as f64 {
-        let inner = whole(original_height * (width as f64 / original_width));
-        [height.saturating_sub(inner) / 2, 0]
-    } else {
-        let inner = whole(original_width * (height as f64 / original_height));
-        [0, width.saturating_sub(inner) / 2]
     }
 }
 
@@ -136,6 +221,8 @@ pub struct LlavaOnevisionVision {
     /// `image_newline`, `[text hidden]`.
     pub image_newline: Tensor,
     anyres: Anyres,
+    pooling: Pooling,
+    newlines: Newlines,
 }
 
 impl LlavaOnevisionVision {
@@ -145,6 +232,8 @@ impl LlavaOnevisionVision {
             llava: LlavaVision::load(&c.llava, root)?,
             image_newline: root.tensor("image_newline", &[c.llava.text.hidden])?,
             anyres: c.anyres(),
+            pooling: c.pooling,
+            newlines: c.newlines,
         })
     }
 
@@ -174,84 +263,6 @@ impl LlavaOnevisionVision {
     }
 }
 
-/// How the maps of frames are halved (`mm_spatial_pool_mode` of the original checkpoints).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pooling {
-    /// Interpolated, an odd edge rounded up.
-    Bilinear,
-    /// Means of two by two, a rest left out.
-    Average,
-    /// Maxima of two by two, a rest left out.
-    Max,
-}
-
-/// Where `image_newline` stands in a video (`mm_newline_position` of the original checkpoints).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Newlines {
-    /// Behind every row of every frame.
-    Grid,
-    /// Behind every frame.
-    Frame,
-    /// Behind the video.
-    Video,
-    /// Nowhere.
-    None,
-}
-
-impl Pooling {
-    /// Halves maps in both directions: `[frames, side * side, hidden]` to `[frames, half * half, hidden]`.
-    ///
-    /// # Errors
-    /// Maps that are no squares.
-    pub fn halve(self, x: &Tensor) -> Result<Tensor> {
-        let (frames, tokens, hidden) = x.size3()?;
-        let side = tokens.isqrt();
-        if side * side != tokens || side == 0 || self != Self::Bilinear && side < 2 {
-            let (found, expected) = (x.size(), "square maps, [frames, side * side, hidden]".to_owned());
-            return Err(VisionError::Shape { what: "the frames' features", found, expected }.into());
-        }
-        let maps = x.f_reshape([frames, side, side, hidden])?.f_permute([0, 3, 1, 2])?.f_contiguous()?;
-        let maps = match self {
-            Self::Bilinear => {
-                let half = (side + 1) / 2;
-                maps.f_upsample_bilinear2d([half, half], false, None, None)?
-            }
-            Self::Average => maps.f_avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None)?,
-            Self::Max => maps.f_max_pool2d([2, 2], [2, 2], [0, 0], [1, 1], false)?,
-        };
-        Ok(maps.f_permute([0, 2, 3, 1])?.f_flatten(1, 2)?)
-    }
-}
-
-impl Newlines {
-    /// The tokens of a video, `[frames, side * side, hidden]` to `[tokens, hidden]`; `newline` is `[hidden]`.
-    ///
-    /// # Errors
-    /// Maps that are no squares, where rows matter.
-    pub fn place(self, x: &Tensor, newline: &Tensor) -> Result<Tensor> {
-        let (frames, tokens, hidden) = x.size3()?;
-        let newline = newline.f_view([1, 1, hidden])?;
-        Ok(match self {
-            Self::None => x.f_flatten(0, 1)?,
-            Self::Video => Tensor::f_cat(&[&x.f_flatten(0, 1)?, &newline.f_squeeze_dim(0)?], 0)?,
-            Self::Frame => {
-                Tensor::f_cat(&[x, &newline.f_expand([frames, 1, hidden], false)?], 1)?.f_flatten(0, 1)?
-            }
-            Self::Grid => {
-                let side = tokens.isqrt();
-                if side * side != tokens {
-                    let (found, expected) =
-                        (x.size(), "square maps, [frames, side * side, hidden]".to_owned());
-                    return Err(VisionError::Shape { what: "the frames' features", found, expected }.into());
-                }
-                let rows = x.f_reshape([frames * side, side, hidden])?;
-                Tensor::f_cat(&[&rows, &newline.f_expand([frames * side, 1, hidden], false)?], 1)?
-                    .f_flatten(0, 1)?
-            }
-        })
-    }
-}
-
 impl Vision for LlavaOnevisionVision {
     fn encode(&self, media: &Prepared) -> Result<Tensor> {
         let x = self.llava.features(&media.pixels)?;
@@ -269,9 +280,7 @@ impl Vision for LlavaOnevisionVision {
                 }
                 self.packed(&x, *rows, *columns, *original)
             }
-            (_, TokenKind::Video) => {
-                Newlines::Video.place(&Pooling::Bilinear.halve(&x)?, &self.image_newline)
-            }
+            (_, TokenKind::Video) => self.newlines.place(&self.pooling.halve(&x)?, &self.image_newline),
             _ => Newlines::Video.place(&x, &self.image_newline),
         }
     }

@@ -19,12 +19,13 @@ use crate::vision::{Layout, MediaPrompt, Prepared, TokenKind, VisionError};
 use crate::{Error, Result};
 
 /// Architectures that [`load_vlm`] reads, as `architectures[0]` of config.json names them.
-pub const VLM_ARCHITECTURES: [&str; 5] = [
+pub const VLM_ARCHITECTURES: [&str; 6] = [
     "LlavaForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "InternVLChatModel",
+    "LlavaQwenForCausalLM",
 ];
 
 /// The tower and projector of a family.
@@ -257,7 +258,8 @@ pub fn load_vlm(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<V
 /// # Errors
 /// `Error::Config` when neither is there.
 pub fn vlm_architecture(json: &Map<String, Value>) -> Result<&str> {
-    const TYPES: [&str; 5] = ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl_chat"];
+    const TYPES: [&str; 6] =
+        ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl_chat", "llava_qwen"];
     if let Some(named) = json.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str) {
         return Ok(named);
     }
@@ -278,7 +280,9 @@ pub fn load_vlm_at(json: &Map<String, Value>, root: &TensorPath) -> Result<Vlm> 
     refuse_quantized(json)?;
     let model = match vlm_architecture(json)? {
         "LlavaForConditionalGeneration" => llava::load(json, root)?,
-        "LlavaOnevisionForConditionalGeneration" => llava_onevision::load(json, root)?,
+        "LlavaOnevisionForConditionalGeneration" | "LlavaQwenForCausalLM" => {
+            llava_onevision::load(json, root)?
+        }
         "Qwen2VLForConditionalGeneration" => qwen2_vl::load(json, root)?,
         "Qwen2_5_VLForConditionalGeneration" => qwen2_5_vl::load(json, root)?,
         "InternVLChatModel" => internvl2::load(json, root)?,

@@ -280,7 +280,7 @@ fn onevision(input: &str, dense: &str) {
         kind: TokenKind::Video,
         pixels,
         layout: Layout::Frames(frames),
-        tokens: frames * parsed.anyres().pooled_tokens() + 1,
+        tokens: parsed.video_tokens(frames),
         parts: 1,
     };
     let placeholders = Placeholders { image: parsed.image_token, video: Some(parsed.video_token) };
@@ -310,6 +310,9 @@ fn videos_of_llava_in_every_layout() {
         let pooled = pooling.halve(&t["projected"]).unwrap();
         assert_close(name, &pooled, &t["pooled"], 1e-5);
         let video = newlines.place(&pooled, &t["image_newline"]).unwrap();
+        let (frames, tokens, _) = t["projected"].size3().unwrap();
+        let half = pooling.half(tokens.isqrt() as usize);
+        assert_eq!(video.size()[0] as usize, newlines.tokens(frames as usize, half), "{name}");
         // Spliced at the placeholder -200.
         let mut parts = Vec::new();
         for id in ints(&t["input_ids"]) {

@@ -6,9 +6,11 @@ use std::collections::{BTreeSet, HashMap};
 use nics_core::Result;
 use nics_core::cache::NoCache;
 use nics_core::checkpoint::{Checkpoint, TensorPath};
+use nics_core::models::llava_onevision;
 use nics_core::models::{Batch, Embedded, Input, Model, Vlm, load_vlm, load_vlm_at};
 use nics_core::nn::Linear;
 use nics_core::seam::{LayerHook, Point, Ragged, Reduced, Rows, SeqId};
+use nics_core::vision::{Processor, TokenKind};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -282,4 +284,73 @@ fn configurations_of_other_releases_are_the_same_model() {
         .collect();
     let model = load_vlm_at(&json, &TensorPath::from_tensors(names)).unwrap();
     assert_relative("llama behind InternViT", &logits(&model, &f), &logits(&f.model, &f), 1e-5);
+}
+
+/// The authors' own configuration and names: the same images, and videos with newlines in a grid.
+#[test]
+fn the_authors_files_of_llava_onevision() {
+    let _no_grad = tch::no_grad_guard();
+    let f = fixture("llava-onevision");
+    let checkpoint = Checkpoint::open_dir(&f.dir).unwrap();
+    let stored = checkpoint.config_json();
+    let mut json = stored["text_config"].as_object().unwrap().clone();
+    json.extend([
+        ("architectures".to_owned(), json!(["LlavaQwenForCausalLM"])),
+        ("model_type".to_owned(), json!("llava_qwen")),
+        ("vision_config".to_owned(), stored["vision_config"].clone()),
+        ("mm_vision_select_layer".to_owned(), json!(-1)),
+        ("mm_spatial_pool_mode".to_owned(), json!("average")),
+        ("mm_newline_position".to_owned(), json!("grid")),
+        ("image_aspect_ratio".to_owned(), json!("anyres_max_3")),
+        ("image_grid_pinpoints".to_owned(), json!("(1x1),...,(2x2)")),
+        ("image_token_index".to_owned(), stored["image_token_index"].clone()),
+    ]);
+    let root = renamed(&f, |name| {
+        name.replace("language_model.", "")
+            .replace("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model.")
+            .replace("multi_modal_projector.linear_1.", "model.mm_projector.0.")
+            .replace("multi_modal_projector.linear_2.", "model.mm_projector.2.")
+            .replace("image_newline", "model.image_newline")
+    });
+    let model = load_vlm_at(&json, &root).unwrap();
+    assert!(root.unread().is_empty(), "{:?}", root.unread());
+    assert!(logits(&model, &f).equal(&logits(&f.model, &f)));
+
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), Value::Object(json).to_string()).unwrap();
+    std::fs::copy(f.dir.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let processor = Processor::open(&Checkpoint::open_dir(folder.path()).unwrap()).unwrap();
+    let image = processor.placeholders().image;
+    // Without preprocessor_config.json: SigLIP's preparation.
+    let of_image = processor.prompt(&f.cases.prompts[0].ids, &f.media(&f.cases.prompts[0])).unwrap();
+    let expected = f.prompt(&f.cases.prompts[0]);
+    assert!(of_image.media[0].media.pixels.equal(&expected.media[0].media.pixels));
+    assert_eq!(of_image.ids, expected.ids);
+    // Three frames of 3 x 3 features, of which halving by means leaves one, with a newline each.
+    let video = f.cases.prompts.iter().find(|c| c.name == "video").unwrap();
+    let prompt = processor.prompt(&[1, image, 2], &f.media(video)).unwrap();
+    assert_eq!(prompt.kinds[1..7], [TokenKind::Video; 6]);
+    assert_eq!(model.embed_prompt(&prompt).unwrap().embeddings.size()[0], 8);
+
+    let real = json!({
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152_064, "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "mm_newline_position": "grid", "image_grid_pinpoints": "(1x1),...,(6x6)",
+    });
+    let config = llava_onevision::Config::parse(real.as_object().unwrap()).unwrap();
+    assert_eq!((config.video_tokens(64), config.image_grid_pinpoints.len()), (13_440, 36));
+    for (field, value) in [
+        ("mm_vision_tower", json!("openai/clip")),
+        ("mm_newline_position", json!("somewhere")),
+        ("mm_spatial_pool_mode", json!("median")),
+        ("mm_spatial_pool_stride", json!(3)),
+        ("mm_projector_type", json!("linear")),
+        ("image_grid_pinpoints", json!("(6x6),...,(1x1)")),
+        ("image_aspect_ratio", json!("square")),
+    ] {
+        let mut wrong = real.as_object().unwrap().clone();
+        wrong.insert(field.into(), value);
+        let e = llava_onevision::Config::parse(&wrong).unwrap_err().to_string();
+        assert!(e.contains(field), "{field}: {e}");
+    }
 }

@@ -41,7 +41,7 @@ impl Processor {
         let preprocessor = PreprocessorConfig::open(checkpoint)?;
         let processor = match vlm_architecture(json)? {
             "LlavaForConditionalGeneration" => Self::Clip(ClipProcessor::new(json, &preprocessor)?),
-            "LlavaOnevisionForConditionalGeneration" => {
+            "LlavaOnevisionForConditionalGeneration" | "LlavaQwenForCausalLM" => {
                 Self::OneVision(OneVisionProcessor::new(json, &preprocessor)?)
             }
             family @ ("Qwen2VLForConditionalGeneration" | "Qwen2_5_VLForConditionalGeneration") => {

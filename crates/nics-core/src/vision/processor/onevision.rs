@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::Result;
-use crate::models::llava_onevision::{self, Anyres};
-use crate::vision::config::{CLIP_MEAN, CLIP_STD, Pixels, PreprocessorConfig, Size};
+use crate::models::llava_onevision::{self, Anyres, Newlines, Pooling};
+use crate::vision::config::{Pixels, PreprocessorConfig, Size};
 use crate::vision::pixels::{crop, on_ground, planes, square};
 use crate::vision::resize::{Filter, resize};
 use crate::vision::{Layout, Media, Placeholders, Prepared, RgbImage, TokenKind, VisionError};
@@ -21,6 +21,8 @@ pub struct OneVisionProcessor {
     filter: Filter,
     pixels: Pixels,
     anyres: Anyres,
+    pooling: Pooling,
+    newlines: Newlines,
     /// The ids that stand for images and videos.
     pub placeholders: Placeholders,
 }
@@ -37,9 +39,11 @@ impl OneVisionProcessor {
                 .clone()
                 .unwrap_or_else(|| config.image_grid_pinpoints.clone()),
             filter: preprocessor.resample.unwrap_or(Filter::Bicubic),
-            pixels: preprocessor.pixels(CLIP_MEAN, CLIP_STD),
+            pixels: preprocessor.pixels(config.normal.0, config.normal.1),
             anyres: config.anyres(),
             placeholders: Placeholders { image: config.image_token, video: Some(config.video_token) },
+            pooling: config.pooling,
+            newlines: config.newlines,
         })
     }
 
@@ -103,7 +107,7 @@ impl OneVisionProcessor {
 
     fn frames(&self, frames: &[RgbImage], kind: TokenKind) -> Result<Prepared> {
         let tokens = match kind {
-            TokenKind::Video => frames.len() * self.anyres.pooled_tokens() + 1,
+            TokenKind::Video => self.newlines.tokens(frames.len(), self.pooling.half(self.anyres.side)),
             _ => self.anyres.side.pow(2) + 1,
         };
         self.stacked(frames, kind, Layout::Frames(frames.len()), tokens)
