@@ -8,9 +8,9 @@ use mbq::layer::LayerWeights;
 use mbq::loss::{Balance, LossKind, Losses, Part};
 use mbq::quantize::fake_quant_group;
 use mbq::sensitivity::sensitivity;
-use nics_core::tch::{self, Device, Kind, Tensor};
+use nics_core::tch::{Device, Kind, Tensor};
 
-use crate::kit::{Asked, batch, batch_of, calibrated, config, decoder, logits, names, off};
+use crate::kit::{Asked, batch, batch_of, calibrated, config, decoder, logits, names, normal, off};
 
 #[test]
 fn folding_keeps_what_a_model_computes() {
@@ -53,19 +53,17 @@ fn searched_scales_are_better_than_plain_rounding() {
 
 #[test]
 fn exponent_zero_is_plain_rounding() {
-    tch::manual_seed(1);
-    let a = magnitude(&Tensor::randn([9, 32], (Kind::Float, Device::Cpu))).unwrap();
+    let a = magnitude(&normal(&[9, 32], 1)).unwrap();
     let s = candidate(&a, None, 0.0).unwrap();
     assert!(s.equal(&s.ones_like()));
 }
 
 #[test]
 fn without_a_weight_vision_counts_for_nothing_but_the_number_of_values() {
-    tch::manual_seed(2);
     let batch = batch();
     let rows = batch.samples() * batch.positions();
-    let target = Tensor::randn([rows, 8], (Kind::Float, Device::Cpu));
-    let output = &target + Tensor::randn([rows, 8], (Kind::Float, Device::Cpu)) * 0.1;
+    let target = normal(&[rows, 8], 2);
+    let output = &target + normal(&[rows, 8], 3) * 0.1;
     let loss = |parts: Vec<Part>, kind| {
         let balance = Balance::of(parts).unwrap();
         let mut losses = Losses::new(kind, &balance, 1);
