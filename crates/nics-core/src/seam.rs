@@ -11,7 +11,7 @@
 use tch::Tensor;
 
 use crate::models::{Model, ModelDims};
-use crate::nn::{Linear, Rope};
+use crate::nn::{Linear, PackedLinear, Rope};
 use crate::{Error, Result};
 
 /// A sequence in a cache. Given out by [`KvCache::open`], never reused by the same cache.
@@ -299,6 +299,11 @@ pub trait Projection: Send {
 
     /// The projection as a dense layer, when it is one: dense layers over one input share a pass.
     fn as_linear(&self) -> Option<&Linear> {
+        None
+    }
+
+    /// The projection as a packed layer, when it is one: packed layers over one input share its rounding.
+    fn as_packed(&self) -> Option<&PackedLinear> {
         None
     }
 

@@ -5,10 +5,12 @@ mod layer_norm;
 mod linear;
 pub mod memory;
 mod norm;
+mod packed;
 mod rope;
 
 pub use activation::Activation;
 pub use layer_norm::{LayerNorm, Norm};
 pub use linear::Linear;
 pub use norm::RmsNorm;
+pub use packed::PackedLinear;
 pub use rope::{Rope, RopeConfig, RopeScaling, Rotary};

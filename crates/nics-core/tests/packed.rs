@@ -1,0 +1,135 @@
+//! A model whose projections are packed: the same as one with the dequantized weights, cached or not, alone or in a batch.
+
+use std::path::Path;
+
+use nics_core::cache::{DenseCache, NoCache};
+use nics_core::checkpoint::Checkpoint;
+use nics_core::generate::{Generator, Request, collect};
+use nics_core::models::{self, Batch, Decoder, Input, Model};
+use nics_core::nn::{Linear, PackedLinear};
+use nics_core::seam::{Projection, Ragged, SeqId};
+use nics_kernels::packed::Rounding;
+use tch::{Device, Kind, Tensor};
+
+fn load(name: &str) -> Decoder {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden").join(name);
+    models::load(&Checkpoint::open_dir(&dir).unwrap(), Device::Cpu, Kind::Float).unwrap()
+}
+
+/// A projection in 4 bits, a scale a row.
+fn pack(projection: &dyn Projection, rounding: Rounding) -> PackedLinear {
+    let w = projection.dense().unwrap();
+    let (low, high) = (w.amin([1], true).clamp_max(0.0), w.amax([1], true).clamp_min(0.0));
+    let scales = (high - &low) / 15.0;
+    let zeros = (-low / &scales).round();
+    let codes = ((w / &scales).round() + &zeros).clamp(0.0, 15.0);
+    let [codes, zeros] = [codes, zeros].map(|t| t.to_kind(Kind::Uint8));
+    PackedLinear::new(4, &codes, &scales, &zeros, projection.bias(), rounding, Kind::Float).unwrap()
+}
+
+/// The model with every projection of its layers packed, or with what those amount to.
+fn packed(name: &str, rounding: Option<Rounding>) -> Decoder {
+    let mut model = load(name);
+    model
+        .visit_projections(&mut |path, projection| {
+            if path.contains("layers") {
+                let packed = pack(&**projection, rounding.unwrap_or(Rounding::A16));
+                *projection = match rounding {
+                    Some(_) => Box::new(packed),
+                    None => Box::new(Linear::new(packed.dense()?, packed.bias())),
+                };
+            }
+            Ok(())
+        })
+        .unwrap();
+    model
+}
+
+fn logits(model: &Decoder, lens: &[usize]) -> Tensor {
+    let _no_grad = tch::no_grad_guard();
+    let rows: Vec<(SeqId, usize, usize)> =
+        lens.iter().enumerate().map(|(i, n)| (SeqId(i as u64), 0, *n)).collect();
+    let n: usize = lens.iter().sum();
+    let ids = Tensor::from_slice(&(0..n as i64).map(|i| (i * 37 + 5) % 199).collect::<Vec<_>>());
+    let batch = Batch::new(Ragged::contiguous(&rows), Input::Ids(&ids));
+    model.logits(&model.forward(&batch, &mut NoCache::new(), None).unwrap().hidden).unwrap()
+}
+
+fn relative(found: &Tensor, expected: &Tensor) -> f64 {
+    f64::try_from((found - expected).norm() / expected.norm()).unwrap()
+}
+
+#[test]
+fn packed_weights_compute_what_they_mean() {
+    // Biases on q, k and v in one of them; one row, few, and many.
+    for name in ["llama", "qwen2"] {
+        let dense = packed(name, None);
+        assert!(relative(&logits(&dense, &[40]), &logits(&load(name), &[40])) > 1e-3);
+        for (rounding, most) in [(Rounding::A16, 1e-3), (Rounding::A8, 0.05), (Rounding::A8Row, 0.05)] {
+            let packed = packed(name, Some(rounding));
+            for lens in [&[1][..], &[3, 2], &[40, 7, 21]] {
+                let off = relative(&logits(&packed, lens), &logits(&dense, lens));
+                assert!(off < most, "{name}, {rounding:?}, {lens:?}: {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn generation_with_packed_weights_is_the_same_alone_and_in_a_batch() {
+    let model = packed("qwen2", Some(Rounding::A16));
+    let requests = || (3u32..8).map(|n| Request::greedy((1..=n).collect(), 12, &[]));
+    let alone = collect(&mut Generator::new(&model, &mut DenseCache::new()), requests(), 1).unwrap();
+    let together = collect(&mut Generator::new(&model, &mut DenseCache::new()), requests(), 5).unwrap();
+    assert_eq!(alone, together);
+    assert!(alone.iter().all(|reply| reply.len() == 12));
+}
+
+#[test]
+fn half_precision_inputs_other_strides_and_gradients_are_served() {
+    let source = Linear::new(
+        Tensor::randn([24, 64], (Kind::Float, Device::Cpu)),
+        Some(Tensor::ones([24], (Kind::Float, Device::Cpu))),
+    );
+    let layer = pack(&source, Rounding::A16);
+    let dense = layer.dense().unwrap();
+    let x = Tensor::randn([64, 2, 5], (Kind::Float, Device::Cpu)).permute([2, 1, 0]);
+    let expected = x.linear(&dense, layer.bias());
+    assert!(relative(&layer.forward(&x).unwrap(), &expected) < 1e-4);
+    let half = pack(&Linear::new(source.dense().unwrap(), None), Rounding::A16);
+    let found = half.forward(&x.to_kind(Kind::BFloat16)).unwrap();
+    assert_eq!((found.kind(), found.size()), (Kind::BFloat16, vec![5, 2, 24]));
+    assert!(relative(&found.to_kind(Kind::Float), &x.linear(&dense, None::<&Tensor>)) < 1e-2);
+    // Whoever needs gradients goes through libtorch.
+    let x = x.contiguous().set_requires_grad(true);
+    let y = layer.forward(&x).unwrap();
+    y.sum(Kind::Float).backward();
+    assert_eq!(x.grad().size(), [5, 2, 64]);
+    assert!(
+        layer
+            .forward(&Tensor::zeros([2, 63], (Kind::Float, Device::Cpu)))
+            .unwrap_err()
+            .to_string()
+            .contains("64 channels")
+    );
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    let codes = Tensor::zeros([4, 64], (Kind::Uint8, Device::Cpu));
+    let (scales, zeros) =
+        (Tensor::ones([4, 2], (Kind::Float, Device::Cpu)), Tensor::zeros([4, 2], (Kind::Uint8, Device::Cpu)));
+    let new = |bits, scales: &Tensor, zeros: &Tensor, bias: Option<Tensor>| {
+        PackedLinear::new(bits, &codes, scales, zeros, bias, Rounding::A8, Kind::Float)
+            .unwrap_err()
+            .to_string()
+    };
+    for (found, says) in [
+        (new(4, &scales.narrow(1, 0, 1), &zeros, None), "zeros [4, 2]"),
+        (new(5, &scales, &zeros, None), "5 bits"),
+        (new(4, &(&scales * f64::NAN), &zeros, None), "scale NaN"),
+        (new(4, &scales, &zeros, Some(Tensor::zeros([3], (Kind::Float, Device::Cpu)))), "expected [4]"),
+    ] {
+        assert!(found.contains(says), "{found:?} does not say {says:?}");
+    }
+}
