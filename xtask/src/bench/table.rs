@@ -168,7 +168,8 @@ mod tests {
     use super::*;
 
     fn case() -> Case {
-        let run = |who: &str, seconds: &[f64]| Run { who: who.into(), seconds: seconds.to_vec(), error: None };
+        let run =
+            |who: &str, seconds: &[f64]| Run { who: who.into(), seconds: seconds.to_vec(), error: None };
         Case {
             suite: "decode".into(),
             name: "batch 1".into(),

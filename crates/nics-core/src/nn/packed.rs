@@ -114,13 +114,11 @@ fn by_kernel(layers: &[&PackedLinear], x: &Tensor) -> Result<Option<Vec<Tensor>>
 
 impl Projection for PackedLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match by_kernel(&[self], x)?.and_then(|mut ys| ys.pop()) {
-            Some(y) => Ok(y),
-            None => {
-                let weight = self.dense()?.f_to_device(x.device())?.f_to_kind(x.kind())?;
-                Ok(x.f_linear(&weight, self.bias.as_ref())?)
-            }
+        if let Some(y) = by_kernel(&[self], x)?.and_then(|mut ys| ys.pop()) {
+            return Ok(y);
         }
+        let weight = self.dense()?.f_to_device(x.device())?.f_to_kind(x.kind())?;
+        Ok(x.f_linear(&weight, self.bias.as_ref())?)
     }
 
     fn forward_many(&self, others: &[&dyn Projection], x: &Tensor) -> Result<Vec<Tensor>> {
