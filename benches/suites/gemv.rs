@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::figure::{Absent, Case, id};
 use crate::memory::{WORKING_SET, random};
 use crate::peers::libtorch::floats;
-use crate::race::{Contender, race, tell, timed};
+use crate::race::{Contender, drop_ok, race, tell, timed};
 use crate::settings::{SEED, Settings};
 
 const SUITE: &str = "gemv";
@@ -126,9 +126,4 @@ impl Weights {
             absent,
         })
     }
-}
-
-/// Lets the result go: its time is the time to make it.
-fn drop_ok<T, E: Into<anyhow::Error>>(result: Result<T, E>) -> Result<()> {
-    result.map(|value| drop(std::hint::black_box(value))).map_err(Into::into)
 }

@@ -19,7 +19,7 @@ use tch::{Kind, Tensor};
 use crate::figure::{Absent, Case, id};
 use crate::memory::{WORKING_SET, random};
 use crate::peers::libtorch::floats;
-use crate::race::{Contender, race, tell, timed};
+use crate::race::{Contender, drop_ok, race, tell, timed};
 use crate::settings::{SEED, Settings};
 
 const SUITE: &str = "packed";
@@ -209,7 +209,7 @@ impl Layer {
             })
         };
         let product = |weights: &[Tensor], x: &Tensor| {
-            timed(weights.len() as f64, || weights.iter().try_for_each(|w| Ok(drop(x.f_linear(w, none)?))))
+            timed(weights.len() as f64, || weights.iter().try_for_each(|w| drop_ok(x.f_linear(w, none))))
         };
         let b = self.bits;
         let a8 = error("A8", &ours(&self.ours[0], Rounding::A8), &self.meant, 0.05)?;
@@ -239,7 +239,7 @@ impl Layer {
             let off = error("libtorch int4", &floats(&int4(first)?)?, &self.plain, 0.2)?;
             contenders.push(
                 Contender::new("libtorch int4", || {
-                    timed(self.int4.len() as f64, || self.int4.iter().try_for_each(|w| Ok(drop(int4(w)?))))
+                    timed(self.int4.len() as f64, || self.int4.iter().try_for_each(|w| drop_ok(int4(w))))
                 })
                 .with_error(off),
             );
@@ -252,7 +252,7 @@ impl Layer {
             contenders.push(
                 Contender::new(who, || {
                     timed(self.candles.len() as f64, || {
-                        self.candles.iter().try_for_each(|w| Ok(drop(w.forward(&candles_x)?)))
+                        self.candles.iter().try_for_each(|w| drop_ok(w.forward(&candles_x)))
                     })
                 })
                 .with_error(off),
