@@ -9,12 +9,13 @@ use std::path::Path;
 use std::str::FromStr;
 
 use nics_core::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES, save};
+use nics_core::models::stored_kind;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::apply::Rounded;
 use crate::language::Language;
-use crate::layout::{Zeros, awq, gptq};
+use crate::layout::{Zeros, awq, compressed, gptq};
 use crate::operators::Names;
 use crate::quantize::QuantSpec;
 use crate::{Error, Result};
@@ -28,6 +29,8 @@ pub enum Layout {
     Awq,
     /// GPTQ's layout in its second form, 2, 3, 4 and 8 bits.
     Gptq,
+    /// compressed-tensors' `pack-quantized` format, 4 and 8 bits.
+    Compressed,
 }
 
 impl fmt::Display for Layout {
@@ -36,6 +39,7 @@ impl fmt::Display for Layout {
             Self::Dense => "dense",
             Self::Awq => "autoawq",
             Self::Gptq => "gptq",
+            Self::Compressed => "compressed-tensors",
         })
     }
 }
@@ -44,9 +48,10 @@ impl FromStr for Layout {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        [Self::Dense, Self::Awq, Self::Gptq].into_iter().find(|l| l.to_string() == s).ok_or_else(|| {
+        let all = [Self::Dense, Self::Awq, Self::Gptq, Self::Compressed];
+        all.into_iter().find(|l| l.to_string() == s).ok_or_else(|| {
             let found = s.to_owned();
-            Error::Setting { field: "layout", found, expected: "dense, autoawq or gptq" }
+            Error::Setting { field: "layout", found, expected: "dense, autoawq, gptq or compressed-tensors" }
         })
     }
 }
@@ -65,6 +70,9 @@ impl Layout {
             Self::Gptq if !matches!(spec.bits, 2 | 3 | 4 | 8) => {
                 wrong("dense, since gptq holds 2, 3, 4 and 8 bits")
             }
+            Self::Compressed if !matches!(spec.bits, 4 | 8) => {
+                wrong("gptq or dense, since compressed-tensors packs 4 and 8 bits")
+            }
             _ => Ok(()),
         }
     }
@@ -81,6 +89,20 @@ impl Layout {
                 "quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": spec.bits,
                 "group_size": spec.group, "desc_act": false, "sym": false,
                 "modules_to_not_convert": untouched,
+            })),
+            Self::Compressed => Some(json!({
+                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "quantization_status": "compressed", "kv_cache_scheme": null,
+                "config_groups": {"group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": spec.bits, "type": "int", "symmetric": false, "dynamic": false,
+                        "strategy": if spec.group == -1 { "channel" } else { "group" },
+                        "group_size": if spec.group == -1 { Value::Null } else { json!(spec.group) },
+                    },
+                    "input_activations": null, "output_activations": null,
+                }},
+                "ignore": untouched,
             })),
         }
     }
@@ -142,7 +164,8 @@ pub fn export(
                 let name = names.linear(l, *role);
                 let parts = match layout {
                     Layout::Awq => awq(code)?,
-                    _ => gptq(code, spec.bits, Zeros::Exact)?,
+                    Layout::Compressed => compressed(code, spec.bits, stored_kind(checkpoint))?,
+                    Layout::Gptq | Layout::Dense => gptq(code, spec.bits, Zeros::Exact)?,
                 };
                 packed.extend(parts.into_iter().map(|(part, t)| (format!("{name}.{part}"), t)));
                 gone.insert(format!("{name}.weight"));

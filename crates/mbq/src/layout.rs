@@ -7,6 +7,9 @@
 //! | `scales` | `[groups, out]`, float16 | the same |
 //! | `g_idx` | | `[in]`: the group of each input |
 //!
+//! compressed-tensors, 4 and 8 bits: `weight_packed` `[out, in·b/32]`, a stream along `in`; `weight_zero_point`
+//! `[out·b/32, groups]`, a stream along `out`; `weight_scale` `[out, groups]`; `weight_shape`, `[2]`.
+//!
 //! Words are int32. The first form of GPTQ stores zero points one too small; the second, which newer engines read, as they
 //! are.
 
@@ -226,6 +229,28 @@ pub fn from_gptq(
         zero: zero.transposed().tensor()?,
         scale: scales.f_to_kind(Kind::Float)?.f_transpose(0, 1)?.f_contiguous()?,
     })
+}
+
+/// A weight of 4 or 8 bits as compressed-tensors' `pack-quantized` format has it, with scales of a dtype.
+///
+/// # Errors
+/// Another width; inputs or outputs that do not fill words.
+pub fn compressed(q: &QTensor, bits: u8, scales: Kind) -> Result<Packed> {
+    if !matches!(bits, 4 | 8) {
+        return Err(Error::Setting {
+            field: "bits",
+            found: bits.to_string(),
+            expected: "4 or 8 in this layout",
+        });
+    }
+    let (out, input) = q.q.size2()?;
+    let zero = streams(&Matrix::of(&q.zero)?.transposed(), bits, "outputs")?;
+    Ok(vec![
+        ("weight_packed", streams(&Matrix::of(&q.q)?, bits, "inputs")?),
+        ("weight_scale", q.scale.f_to_kind(scales)?),
+        ("weight_zero_point", zero.f_transpose(0, 1)?.f_contiguous()?),
+        ("weight_shape", Tensor::f_from_slice(&[out, input])?),
+    ])
 }
 
 /// A weight by row, `[out, in·b/8]` bytes: the stream of each row. For 3 bits these are GPTQ's bytes.

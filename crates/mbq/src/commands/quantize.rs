@@ -42,7 +42,8 @@ pub struct Quantize {
     search: SearchArgs,
     #[command(flatten)]
     limits: LimitArgs,
-    /// How weights are stored: dense (rounded, in the model's dtype), autoawq (4 bits), gptq (2, 3, 4, 8 bits)
+    /// How weights are stored: dense (rounded, in the model's dtype), autoawq (4 bits), gptq (2, 3, 4, 8 bits),
+    /// compressed-tensors (4, 8 bits)
     #[arg(long, value_name = "LAYOUT", default_value_t = Layout::Dense)]
     layout: Layout,
     /// Folder of the quantized checkpoint; it must not exist

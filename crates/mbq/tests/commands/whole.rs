@@ -57,7 +57,7 @@ fn every_family() {
         let lines = run(args!["inspect", out, "--json"]).ok();
         assert!(lines.lines().all(|l| serde_json::from_str::<Value>(l).is_ok()));
 
-        for layout in ["dense", "autoawq", "gptq"] {
+        for layout in ["dense", "autoawq", "gptq", "compressed-tensors"] {
             let to = dir.path().join(format!("{}-{layout}", family.name));
             let said =
                 run(args!["quantize", "--model", model, "--scales", out, "--layout", layout, "--out", to])
@@ -78,14 +78,22 @@ fn every_family() {
                 assert!(config["quantization_config"].is_null());
             } else {
                 let quantization = &config["quantization_config"];
-                assert_eq!(quantization["bits"], 4);
-                let kept = quantization["modules_to_not_convert"].as_array().unwrap();
-                assert!(
-                    kept.iter().any(|n| n.as_str().unwrap().contains("vision") || family.name == "qwen2-vl")
-                );
+                let (kept, packed) = match layout {
+                    "compressed-tensors" => ("ignore", "weight_packed"),
+                    _ => ("modules_to_not_convert", "qweight"),
+                };
+                let kept = quantization[kept].as_array().unwrap();
+                let sees = |n: &Value| {
+                    n.as_str().unwrap().starts_with(if family.name == "qwen2-vl" {
+                        "visual"
+                    } else {
+                        "vision"
+                    })
+                };
+                assert!(kept.iter().any(sees), "{kept:?}");
                 assert!(kept.iter().all(|n| n != first));
                 let written = written.unwrap();
-                assert!(written.shape(&format!("{first}.qweight")).is_some());
+                assert!(written.shape(&format!("{first}.{packed}")).is_some());
                 assert!(written.shape(&format!("{first}.weight")).is_none());
             }
         }
