@@ -6,8 +6,9 @@ use std::arch::x86_64::*;
 use super::activations::{Activations, word};
 use super::matrix::{CHUNK, QUADS, TILE, Tile, TileScales, Vector};
 
-/// Bytes by which the stream is prefetched.
+/// Bytes by which the stream is prefetched into the first cache, and into the second.
 const AHEAD: usize = 1 << 10;
+const FAR_AHEAD: usize = 4 << 10;
 
 /// The codes of quad `J` of a unit, a byte each.
 #[inline(always)]
@@ -117,8 +118,10 @@ unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS
         for chunk in 0..tile.chunks() {
             let mut acc = [[_mm512_setzero_si512(); CHAINS]; ROWS];
             for _ in 0..tile.units_of(chunk) {
+                let ahead = |by: usize| unit.cast::<i8>().wrapping_add(by);
                 for i in 0..BITS as usize {
-                    _mm_prefetch::<_MM_HINT_T0>(unit.cast::<i8>().wrapping_add(AHEAD + 64 * i));
+                    _mm_prefetch::<_MM_HINT_T0>(ahead(AHEAD + 64 * i));
+                    _mm_prefetch::<_MM_HINT_T1>(ahead(FAR_AHEAD + 64 * i));
                 }
                 each_quad!(J => {
                     let weights = quad::<BITS, J>(unit);
