@@ -209,7 +209,9 @@ impl Layer {
         let each = |rounding: Rounding| {
             let layers = &self.ours[..turns(self.ours.len())];
             timed(layers.len() as f64, || {
-                layers.iter().for_each(|layer| drop(std::hint::black_box(ours(layer, rounding))));
+                for layer in layers {
+                    std::hint::black_box(ours(layer, rounding));
+                }
                 Ok(())
             })
         };
