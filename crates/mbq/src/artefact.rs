@@ -6,7 +6,8 @@
 use std::path::Path;
 
 use nics_base::artefact::write_atomic;
-use nics_core::checkpoint::{Checkpoint, TensorPath, save_file};
+pub use nics_core::checkpoint::Origin;
+use nics_core::checkpoint::{TensorPath, save_file};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -25,28 +26,6 @@ pub const REPORT: &str = "scales.json";
 const FORMAT: u32 = 1;
 /// Longest JSON file that is read.
 const MAX_JSON: u64 = 256 << 20;
-
-/// The model that something was made from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// Its name, for the reader's sake.
-    pub model: String,
-    /// Of the architecture fields of its config.json.
-    pub arch_hash: String,
-    /// Of its weights.
-    pub weights_hash: String,
-}
-
-impl Origin {
-    /// Of a checkpoint, whose weights are read once for their hash.
-    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        Ok(Self {
-            model: checkpoint.name().to_owned(),
-            arch_hash: checkpoint.arch_hash(),
-            weights_hash: checkpoint.weights_hash()?,
-        })
-    }
-}
 
 /// The scales of a model and how they were found.
 #[derive(Debug)]

@@ -282,6 +282,11 @@ pub trait LayerHook: Send {
     fn at(&mut self, p: Point, rows: &Rows, scores: Option<&[Tensor]>) -> Result<Option<Reduced>>;
 }
 
+/// What each projection makes of `x`: where they share no work.
+pub(crate) fn one_by_one(projections: &[&dyn Projection], x: &Tensor) -> Result<Vec<Tensor>> {
+    projections.iter().map(|projection| projection.forward(x)).collect()
+}
+
 /// A linear layer of a model.
 pub trait Projection: Send {
     /// `x`: `[.., in]`, result `[.., out]`.
@@ -291,9 +296,7 @@ pub trait Projection: Send {
     /// between them (quantizing `x` once) overrides this.
     fn forward_many(&self, others: &[&dyn Projection], x: &Tensor) -> Result<Vec<Tensor>> {
         let mut all = vec![self.forward(x)?];
-        for other in others {
-            all.push(other.forward(x)?);
-        }
+        all.extend(one_by_one(others, x)?);
         Ok(all)
     }
 

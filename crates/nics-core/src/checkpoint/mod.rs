@@ -18,6 +18,7 @@ mod files;
 mod hash;
 mod header;
 mod index;
+mod origin;
 mod path;
 mod save;
 mod source;
@@ -31,6 +32,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 pub use error::CheckpointError;
+pub use origin::Origin;
 pub use path::{TensorPath, Transform};
 pub use save::{DEFAULT_SHARD_BYTES, note, save, save_file};
 

@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::memory::{values, values_mut};
 use crate::Result;
 use crate::checkpoint::TensorPath;
-use crate::seam::Projection;
+use crate::seam::{Projection, one_by_one};
 
 /// `y = x Wᵀ + b`.
 ///
@@ -87,9 +87,7 @@ impl Projection for Linear {
             return Ok(ys);
         }
         let mut all = vec![self.forward(x)?];
-        for other in others {
-            all.push(other.forward(x)?);
-        }
+        all.extend(one_by_one(others, x)?);
         Ok(all)
     }
 

@@ -4,7 +4,7 @@ use nics_kernels::packed::{Packed, PackedProduct, Rounding, packed};
 use tch::{Device, Kind, Tensor};
 
 use super::memory::{values, values_mut};
-use crate::seam::Projection;
+use crate::seam::{Projection, one_by_one};
 use crate::{Error, Result};
 
 /// `y = x Wᵀ + b`, where `W` is codes in groups with a scale and a zero each, and `x` is rounded to integers on the way
@@ -131,9 +131,7 @@ impl Projection for PackedLinear {
             return Ok(ys);
         }
         let mut all = vec![self.forward(x)?];
-        for other in others {
-            all.push(other.forward(x)?);
-        }
+        all.extend(one_by_one(others, x)?);
         Ok(all)
     }
 

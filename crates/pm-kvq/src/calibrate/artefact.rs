@@ -13,7 +13,8 @@
 use std::path::{Path, PathBuf};
 
 use nics_base::artefact::write_atomic;
-use nics_core::checkpoint::{Checkpoint, TensorPath, note, save_file};
+pub use nics_core::checkpoint::Origin;
+use nics_core::checkpoint::{TensorPath, note, save_file};
 use nics_core::models::ModelDims;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -43,46 +44,24 @@ const NOTE: &str = "calibration";
 /// Longest JSON file that is read.
 const MAX_JSON: u64 = 64 << 20;
 
-/// The model that something was made from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// Its name, for the reader's sake.
-    pub model: String,
-    /// Of the architecture fields of its config.json.
-    pub arch_hash: String,
-    /// Of its weights.
-    pub weights_hash: String,
-}
-
-impl Origin {
-    /// Of a checkpoint, whose weights are read once for their hash.
-    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        Ok(Self {
-            model: checkpoint.name().to_owned(),
-            arch_hash: checkpoint.arch_hash(),
-            weights_hash: checkpoint.weights_hash().map_err(nics_core::Error::from)?,
-        })
+/// Whether what the file at `path` says can be used with `model`; other weights are a warning.
+fn check(origin: &Origin, path: &Path, model: &Origin) -> Result<()> {
+    if origin.arch_hash != model.arch_hash {
+        return Err(Error::ModelHashMismatch {
+            path: path.to_owned(),
+            artefact: short(&origin.arch_hash),
+            model: short(&model.arch_hash),
+        });
     }
-
-    /// Whether what the file at `path` says can be used with `model`; other weights are a warning.
-    fn check(&self, path: &Path, model: &Self) -> Result<()> {
-        if self.arch_hash != model.arch_hash {
-            return Err(Error::ModelHashMismatch {
-                path: path.to_owned(),
-                artefact: short(&self.arch_hash),
-                model: short(&model.arch_hash),
-            });
-        }
-        if self.weights_hash != model.weights_hash {
-            tracing::warn!(
-                "{} was calibrated on {}, whose weights differ from those of {}",
-                path.display(),
-                self.model,
-                model.model
-            );
-        }
-        Ok(())
+    if origin.weights_hash != model.weights_hash {
+        tracing::warn!(
+            "{} was calibrated on {}, whose weights differ from those of {}",
+            path.display(),
+            origin.model,
+            model.model
+        );
     }
+    Ok(())
 }
 
 fn short(hash: &str) -> String {
@@ -121,7 +100,7 @@ fn opened<T: DeserializeOwned>(path: &Path, json: &[u8], model: &Origin) -> Resu
         let reason = format!("format version {}, this release reads {FORMAT}", head.format_version);
         return Err(wrong(path, reason));
     }
-    head.origin.check(path, model)?;
+    check(&head.origin, path, model)?;
     serde_json::from_value(all).map_err(|e| wrong(path, e))
 }
 
