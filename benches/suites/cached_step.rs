@@ -72,6 +72,7 @@ fn measure(settings: &Settings, context: usize) -> Result<Case> {
     let (heads, kv_heads, head_dim) = (40, 8, 128);
     // A budget for half as many tokens again: more than half full at 8 bits, so at 4 by now.
     let max_len = context * 3 / 2;
+    let window = (context / 32).min(128);
     let dims = ModelDims {
         layers: 1,
         hidden: 8,
@@ -92,13 +93,14 @@ fn measure(settings: &Settings, context: usize) -> Result<Case> {
         Ok([of(heads, seed)?, of(kv_heads, seed + 1)?, of(kv_heads, seed + 2)?])
     };
 
-    let config: CacheConfig = format!("preset=official,min-bits=4,max-len={max_len}").parse()?;
+    let config: CacheConfig =
+        format!("preset=official,min-bits=4,max-len={max_len},window={window}").parse()?;
     let mut paged = PagedCache::new(&dims, &config)?;
     let budget = Bits::B4.bytes(2 * (kv_heads * head_dim) as usize * max_len) as u64;
     let rules = official::Settings {
         backend: Backend::Packed,
         sink: 1,
-        window: 128,
+        window,
         init: Bits::B16,
         group: head_dim,
         budgets: vec![budget],
