@@ -282,9 +282,13 @@ pub trait LayerHook: Send {
     fn at(&mut self, p: Point, rows: &Rows, scores: Option<&[Tensor]>) -> Result<Option<Reduced>>;
 }
 
-/// What each projection makes of `x`: where they share no work.
-pub(crate) fn one_by_one(projections: &[&dyn Projection], x: &Tensor) -> Result<Vec<Tensor>> {
-    projections.iter().map(|projection| projection.forward(x)).collect()
+/// What each projection makes of `x`, where they share no work.
+pub(crate) fn one_by_one<P: Projection + ?Sized>(
+    first: &P,
+    others: &[&dyn Projection],
+    x: &Tensor,
+) -> Result<Vec<Tensor>> {
+    std::iter::once(first.forward(x)).chain(others.iter().map(|other| other.forward(x))).collect()
 }
 
 /// A linear layer of a model.
@@ -295,9 +299,7 @@ pub trait Projection: Send {
     /// Several projections of one input (q, k, v; gate, up), this one first. An implementation that shares work
     /// between them (quantizing `x` once) overrides this.
     fn forward_many(&self, others: &[&dyn Projection], x: &Tensor) -> Result<Vec<Tensor>> {
-        let mut all = vec![self.forward(x)?];
-        all.extend(one_by_one(others, x)?);
-        Ok(all)
+        one_by_one(self, others, x)
     }
 
     /// The projection as a dense layer, when it is one: dense layers over one input share a pass.

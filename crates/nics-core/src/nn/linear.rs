@@ -86,9 +86,7 @@ impl Projection for Linear {
         {
             return Ok(ys);
         }
-        let mut all = vec![self.forward(x)?];
-        all.extend(one_by_one(others, x)?);
-        Ok(all)
+        one_by_one(self, others, x)
     }
 
     fn as_linear(&self) -> Option<&Linear> {

@@ -130,9 +130,7 @@ impl Projection for PackedLinear {
         {
             return Ok(ys);
         }
-        let mut all = vec![self.forward(x)?];
-        all.extend(one_by_one(others, x)?);
-        Ok(all)
+        one_by_one(self, others, x)
     }
 
     fn as_packed(&self) -> Option<&PackedLinear> {
