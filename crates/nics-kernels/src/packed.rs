@@ -139,10 +139,11 @@ pub fn packed_with(
                 let (target, first) = tasks[task];
                 let end = (first + TILES).min(target.weight.tiles());
                 let most = ROWS / x.block() * x.block();
+                let mut sums = vec![[0f32; TILE]; most.min(rows)];
                 for row in (0..rows).step_by(most) {
                     let n = most.min(rows - row);
                     for tile in first..end {
-                        one(isa, rounding.is_wide(), target, tile, x, row, n);
+                        one(isa, rounding.is_wide(), target, tile, x, row, &mut sums[..n]);
                     }
                 }
             });
@@ -150,10 +151,16 @@ pub fn packed_with(
     }
 }
 
-/// A tile's outputs of some rows.
-fn one(isa: Isa, wide: bool, target: &Target, tile: usize, x: &Activations, first: usize, rows: usize) {
-    let mut sums = [[0f32; TILE]; ROWS];
-    let sums = &mut sums[..rows];
+/// A tile's outputs of rows `first ..`, as many as there is room for in `sums`.
+fn one(
+    isa: Isa,
+    wide: bool,
+    target: &Target,
+    tile: usize,
+    x: &Activations,
+    first: usize,
+    sums: &mut [[f32; TILE]],
+) {
     let weights = target.weight.tile(tile);
     macro_rules! with_bits {
         ($($bits:literal),*) => {
