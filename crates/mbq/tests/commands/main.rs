@@ -2,4 +2,5 @@
 
 mod kit;
 mod refusals;
+mod transformers;
 mod whole;
