@@ -6,7 +6,6 @@
 
 mod local;
 mod remote;
-mod shapes;
 
 use std::time::Duration;
 
@@ -14,7 +13,6 @@ use serde::Serialize;
 
 pub use local::{Run, measure};
 pub use remote::{ClientRun, Target, measure_server};
-pub use shapes::{PRESETS, shape};
 
 /// What is measured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::{ArgGroup, Args};
 use megrez::Megrez;
-use megrez::bench::{ClientRun, Protocol, Run, Spread, Target, measure, measure_server, shape};
+use megrez::bench::{ClientRun, Protocol, Run, Spread, Target, measure, measure_server};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
@@ -273,7 +273,7 @@ impl Bench {
         }
         let source = self.random_weights.as_deref().unwrap_or_default();
         let threads = self.run_on.set_threads()?;
-        let (config, stored) = shape(source)?;
+        let models::Shape { config, kind: stored, .. } = models::shape(source, None)?;
         let device = self.run_on.device.open()?;
         let kind = self.run_on.dtype.resolve(stored);
         let mut decoder = models::random(config, device, kind, self.seed.seed)?;

@@ -22,6 +22,7 @@ pub mod qwen2_vl;
 pub mod qwen3;
 pub mod qwen_vit;
 mod read;
+mod shape;
 pub mod siglip;
 pub mod vit;
 
@@ -34,6 +35,7 @@ pub use multimodal::{
     vlm_architecture,
 };
 pub use read::{NewTokens, read, read_last};
+pub use shape::{PRESETS, Preset, Shape, shape};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorPath};
 use crate::seam::{KvCache, LayerHook, Mask, Projection, Ragged};

@@ -8,14 +8,12 @@
 mod costs;
 mod predict;
 mod race;
-mod shapes;
 
 use serde::Serialize;
 
 pub use costs::{Costs, Measured, measure};
 pub use predict::{Prediction, Verdict};
 pub use race::{Lap, Race, race};
-pub use shapes::{PRESETS, Shape, shape};
 
 /// A measured value over the rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

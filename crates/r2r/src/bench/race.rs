@@ -211,7 +211,7 @@ mod tests {
     use nics_core::checkpoint::TensorPath;
     use tch::{Device, Kind};
 
-    use super::super::{Costs, Measured, measure, shape};
+    use super::super::{Costs, Measured, measure};
     use super::*;
     use crate::router::{Router, RouterConfig, Storage};
 
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn costs_and_laps_of_a_tiny_pair() {
-        let mut slice = shape("qwen3-0.6b", Some(1)).unwrap();
+        let mut slice = nics_core::models::shape("qwen3-0.6b", Some(1)).unwrap();
         let config = &mut slice.config;
         (config.hidden, config.intermediate, config.heads, config.kv_heads) = (8, 16, 2, 1);
         (config.head_dim, config.vocab) = (4, 32);

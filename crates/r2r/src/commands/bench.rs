@@ -14,7 +14,7 @@ use nics_core::cli::{DeviceArgs, JsonArg, SeedArg};
 use nics_core::device::{device_name, dtype_name};
 use nics_core::models::{self, Decoder, Model};
 use nics_core::tch::{Device, Kind};
-use r2r::bench::{Costs, Lap, Measured, Race, Spread, Verdict, measure, race, shape};
+use r2r::bench::{Costs, Lap, Measured, Race, Spread, Verdict, measure, race};
 use r2r::checkpoint::{Official, load};
 use r2r::router::{Router, RouterConfig, Storage};
 use serde_json::json;
@@ -133,7 +133,7 @@ impl Bench {
             let kind = self.run_on.dtype.resolve(models::stored_kind(&checkpoint));
             return Ok((models::load(&checkpoint, device, kind)?, checkpoint.name().to_owned()));
         }
-        let shape = shape(source, self.layers)?;
+        let shape = models::shape(source, self.layers)?;
         let kind = self.run_on.dtype.resolve(shape.kind);
         let model = models::random(shape.config, device, kind, seed)?;
         Ok((model, format!("{} (random weights)", shape.name)))
