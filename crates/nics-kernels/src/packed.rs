@@ -27,6 +27,7 @@ mod activations;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod dequantize;
 mod matrix;
 mod scalar;
 

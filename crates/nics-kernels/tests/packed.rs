@@ -3,7 +3,7 @@
 
 mod support;
 
-use nics_kernels::packed::{Packed, PackedProduct, Rounding, packed_with};
+use nics_kernels::packed::{Packed, PackedProduct, Rounding, TILE, packed_with};
 use nics_kernels::{Isa, Kind, Pool, ValuesMut};
 use proptest::prelude::*;
 use support::{KINDS, Owned, random};
@@ -82,6 +82,25 @@ proptest! {
         let mut last = vec![0f32; groups * group];
         m.packed.dequantize(out - 1, &mut last);
         prop_assert_eq!(&last[..], &whole[(out - 1) * groups * group..]);
+    }
+
+    #[test]
+    fn a_panel_is_what_weights_mean_rounded_once(
+        (bits, out, groups, group) in shape(), small in any::<bool>(), threads in 1usize..4, seed in any::<u64>(),
+    ) {
+        let m = Matrix::new(bits, out, groups * group, group, small, seed);
+        let (input, pool) = (groups * group, Pool::new(threads).unwrap());
+        let from = out / 2 / TILE * TILE;
+        let outputs = (out - from).div_ceil(2);
+        let mut exact = vec![0f32; outputs * input];
+        m.packed.dequantize(from, &mut exact);
+        for isa in Isa::available() {
+            for kind in KINDS {
+                let mut panel = Owned::new(kind, &vec![0.5; exact.len()]);
+                m.packed.dequantize_panel_with(isa, &pool, from, panel.values_mut());
+                prop_assert_eq!(panel.widened(), Owned::new(kind, &exact).widened(), "{}", isa);
+            }
+        }
     }
 
     #[test]
