@@ -1,11 +1,13 @@
 //! A linear layer whose weights have 3 or 4 bits, in groups of 128, at the shapes of 7B models: our kernels with activations
-//! of 8 and 16 bits beside libtorch's product in bf16 and f32, its own 4-bit product, candle's Q3_K and Q4_K, and, for
-//! several rows, codes that are dequantized and then multiplied.
+//! of 8 and 16 bits beside libtorch's product in bf16 and f32, its own 4-bit product, Q3_K and Q4_K of candle and ggml, and,
+//! for several rows, codes that are dequantized and then multiplied.
 //!
 //! All weights come from the same random numbers, each rounded as its format rounds. An error is how far a result is from
 //! the product with *its own* weights in double precision, or, for libtorch's and candle's formats, which have weights of
 //! their own, with the numbers before rounding: there it is the error of the format. A turn goes through more copies than
 //! caches hold.
+
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use candle_core::Module as _;
@@ -18,13 +20,15 @@ use tch::{Kind, Tensor};
 
 use crate::figure::{Absent, Case, id};
 use crate::memory::{WORKING_SET, random};
+use crate::peers::ggml::{FOLDER, Format, Ggml, Layers};
 use crate::peers::libtorch::floats;
 use crate::race::{Contender, drop_ok, race, tell, timed};
 use crate::settings::{SEED, Settings};
 
 const SUITE: &str = "packed";
 const AXIS: &str = "rows";
-const GROUP: usize = 128;
+/// Weights of a group.
+pub const GROUP: usize = 128;
 /// Rows from which on libtorch's 4-bit product takes a way that not every processor has the instructions for.
 const INT4_ROWS: usize = 128;
 
@@ -38,6 +42,7 @@ pub fn run(settings: &Settings) -> Result<()> {
     let all = [[3584, 4608], [3584, 3584], [3584, 18944], [18944, 3584], [4096, 14336]];
     let shapes: &[[usize; 2]] = settings.pick(&all, &all[2..3], &[[512, 192]]);
     let rows: &[usize] = settings.pick(&[1, 4, 16, 128, 1024], &[1, 16], &[1, 5]);
+    let ggml = Ggml::find(settings.threads)?;
     for &shape in shapes {
         for bits in [3, 4] {
             let wanted =
@@ -47,7 +52,7 @@ pub fn run(settings: &Settings) -> Result<()> {
             }
             let layer = Layer::new(settings, bits, shape)?;
             for &rows in rows.iter().filter(|r| wanted(**r)) {
-                tell(settings, &layer.measure(settings, rows)?)?;
+                tell(settings, &layer.measure(settings, ggml.as_ref(), rows)?)?;
             }
         }
     }
@@ -73,7 +78,7 @@ struct Layer {
 }
 
 /// The asymmetric grid of every group: codes, scales, zeros.
-fn rounded(bits: u32, group: usize, weights: &[f32]) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
+pub fn rounded(bits: u32, group: usize, weights: &[f32]) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
     let most = ((1u32 << bits) - 1) as f32;
     let (mut codes, mut scales, mut zeros) = (Vec::with_capacity(weights.len()), Vec::new(), Vec::new());
     for group in weights.chunks_exact(group) {
@@ -162,7 +167,7 @@ impl Layer {
         })
     }
 
-    fn measure(&self, settings: &Settings, rows: usize) -> Result<Case> {
+    fn measure(&self, settings: &Settings, ggml: Option<&Arc<Ggml>>, rows: usize) -> Result<Case> {
         let [input, output] = self.shape;
         let short = random(&[1, rows as i64, input as i64], Kind::BFloat16, SEED + 1)?.f_squeeze_dim(0)?;
         let long = short.f_to_kind(Kind::Float)?;
@@ -243,7 +248,7 @@ impl Layer {
                 .with_error(off),
             );
         }
-        let mut absent = vec![Absent { who: "ggml".into(), why: "its library is not linked".into() }];
+        let mut absent = Vec::new();
         if rows >= INT4_ROWS && !self.int4.is_empty() {
             let why = format!("libtorch 2.11 ends with an illegal instruction from {INT4_ROWS} rows on here");
             absent.push(Absent { who: "libtorch int4".into(), why });
@@ -273,6 +278,31 @@ impl Layer {
         } else {
             absent
                 .push(Absent { who: "candle".into(), why: format!("{input} channels are no blocks of 256") });
+        }
+        let formats: &[Format] = if b == 3 { &[Format::Q3K] } else { &[Format::Q4K, Format::Q4KInterleaved] };
+        match ggml {
+            None => absent.push(Absent { who: "ggml".into(), why: format!("{FOLDER} names no folder") }),
+            Some(_) if !input.is_multiple_of(256) => {
+                absent.push(Absent {
+                    who: "ggml".into(),
+                    why: format!("{input} channels are no blocks of 256"),
+                });
+            }
+            Some(ggml) => {
+                for &format in formats {
+                    let all = copies(settings, self.ours[0].bytes());
+                    let layers = Layers::new(ggml, format, &self.plain, self.shape, rows, turns(all))?;
+                    layers.set(&x);
+                    layers.compute()?;
+                    let off = error(format.name(), &layers.first(), &self.plain, 0.3)?;
+                    contenders.push(
+                        Contender::new(format.name(), move || {
+                            timed(layers.len() as f64, || layers.compute())
+                        })
+                        .with_error(off),
+                    );
+                }
+            }
         }
         let runs = race(&mut contenders, &settings.short_budget())?;
         Ok(Case {

@@ -9,7 +9,6 @@ use nics_core::checkpoint::TensorPath;
 use nics_core::device::dtype_name;
 use nics_core::models::{self, Model};
 use nics_core::nn::memory::in_huge_pages;
-use r2r::bench::shape;
 use r2r::router::{Router, RouterConfig, Storage, route};
 use tch::{Device, Kind, Tensor};
 
@@ -55,7 +54,7 @@ fn model(settings: &Settings, name: &str, lengths: &[usize]) -> Result<()> {
     if !lengths.iter().any(|&n| wanted(n)) {
         return Ok(());
     }
-    let mut slice = shape(name, Some(settings.pick(LAYERS, LAYERS, 1)))?;
+    let mut slice = models::shape(name, Some(settings.pick(LAYERS, LAYERS, 1)))?;
     if settings.size == Size::Miniature {
         let config = &mut slice.config;
         (config.hidden, config.intermediate, config.heads, config.kv_heads) = (64, 96, 4, 2);

@@ -22,7 +22,8 @@ use crate::{cargo, process};
 use figure::Case;
 
 /// The suites, in the order in which they run.
-const SUITES: [&str; 8] = ["decode", "prefill", "serve", "gemv", "packed", "attention", "route", "pages"];
+const SUITES: [&str; 9] =
+    ["decode", "prefill", "serve", "gemv", "packed", "packed-decode", "attention", "route", "pages"];
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]

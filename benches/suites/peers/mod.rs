@@ -1,6 +1,7 @@
-//! Who takes part: ours, libtorch alone, candle, transformers. All with the same weights, inputs and number of threads.
+//! Who takes part: ours, libtorch alone, candle, ggml, transformers. All with the same weights, inputs and number of threads.
 
 pub mod candle;
+pub mod ggml;
 pub mod libtorch;
 pub mod ours;
 pub mod transformers;

@@ -29,6 +29,11 @@ impl Ours {
     pub fn model(&self) -> &Decoder {
         &self.model
     }
+
+    /// The decoder, to exchange what it is made of.
+    pub fn model_mut(&mut self) -> &mut Decoder {
+        &mut self.model
+    }
 }
 
 impl Peer for Ours {
