@@ -109,7 +109,7 @@ struct Field {
 
 impl Field {
     fn gather(settings: &Settings) -> Result<Self> {
-        let mut shape = models::shape("qwen2-7b", Some(settings.pick(14, 8, 2)))?;
+        let mut shape = models::shape("qwen2-7b", Some(settings.pick(20, 8, 2)))?;
         if settings.size == Size::Miniature {
             let config = &mut shape.config;
             (config.hidden, config.intermediate, config.heads, config.kv_heads) = (128, 256, 2, 1);
@@ -129,14 +129,13 @@ impl Field {
             let (mut linears, mut bytes) = (Linears::new(), 0);
             model.visit_projections(&mut |name, projection| {
                 if in_a_layer(name) {
-                    let layer = packed(&**projection, bits, rounding)?;
+                    let layer = packed(&**projection, bits)?;
                     bytes += layer.weight().bytes() as u64;
                     linears.push(Box::new(layer));
                 }
                 Ok(())
             })?;
-            let name = format!("W{bits} {}", if rounding == Rounding::A8 { "A8" } else { "A16" });
-            forms.push(Form { name, linears, bytes });
+            forms.push(Form { name: format!("W{bits} A16"), linears, bytes });
         }
         let libtorch = Libtorch::new(model.config().clone(), weights)?;
         let ours = RefCell::new(Forms { model: Ours::new(model), forms });
@@ -223,7 +222,7 @@ impl Field {
 }
 
 /// The weights of a linear layer on the asymmetric grid.
-fn packed(layer: &dyn Projection, bits: u32, rounding: Rounding) -> nics_core::Result<PackedLinear> {
+fn packed(layer: &dyn Projection, bits: u32) -> nics_core::Result<PackedLinear> {
     let dense = layer.dense()?.f_to_kind(Kind::Float)?.f_contiguous()?;
     let (out, input) = dense.size2()?;
     let (codes, scales, zeros) = rounded(bits, GROUP, slice(&dense).unwrap_or_default());
@@ -234,7 +233,7 @@ fn packed(layer: &dyn Projection, bits: u32, rounding: Rounding) -> nics_core::R
         &Tensor::f_from_slice(&scales)?.f_view(groups)?,
         &Tensor::f_from_slice(&zeros)?.f_view(groups)?,
         layer.bias(),
-        rounding,
+        Rounding::A16,
         KIND,
     )
 }

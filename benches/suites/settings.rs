@@ -85,9 +85,12 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Whether a case is wanted; `id` as of [`figure::id`].
+    /// Whether a case is wanted; `id` as of [`figure::id`]. A filter that ends with `$` is the end of a name.
     pub fn wants(&self, id: &str) -> bool {
-        self.filter.as_deref().is_none_or(|part| id.contains(part))
+        self.filter.as_deref().is_none_or(|part| match part.strip_suffix('$') {
+            Some(end) => id.ends_with(end),
+            None => id.contains(part),
+        })
     }
 
     /// The one suite that is wanted.

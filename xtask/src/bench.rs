@@ -28,7 +28,7 @@ const SUITES: [&str; 9] =
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only cases whose name contains this, e.g. decode/bf16 or "batch 16"
+    /// Only cases whose name contains this, e.g. decode/bf16 or "batch 16", or ends with it, e.g. 'rows 1$'
     filter: Option<String>,
     /// Where the result rows go; default: target/bench/rows.jsonl
     #[arg(long, value_name = "FILE")]

@@ -158,6 +158,8 @@ impl Ggml {
         let (backend, threads) = unsafe {
             let backend = (call.cpu_init)();
             (call.threadpool_params)(&raw mut params, count);
+            // Waiting for the next graph they would spin into the next contender's turn.
+            params.poll = 0;
             let threads = (call.threadpool_new)(&raw mut params);
             if !backend.is_null() && !threads.is_null() {
                 (call.set_threads)(backend, count);

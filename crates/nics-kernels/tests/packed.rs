@@ -135,7 +135,7 @@ proptest! {
         let x = Owned::new(Kind::F32, &random(rows * input, seed ^ 3));
         let (y, xs) = (run(Isa::detect(), 2, &m, &x, None, ROUNDINGS[which]), x.widened());
         // Half a step of x in every term.
-        let step = if ROUNDINGS[which] == Rounding::A16 { 0.5 / 32767.0 } else { 0.5 / 127.0 };
+        let step = if ROUNDINGS[which] == Rounding::A16 { 0.5 / 32639.0 } else { 0.5 / 127.0 };
         for t in 0..rows {
             for o in 0..out {
                 let x = &xs[t * input..][..input];

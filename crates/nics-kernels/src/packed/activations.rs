@@ -12,7 +12,7 @@ use crate::isa::Isa;
 pub enum Rounding {
     /// 8 bits, a scale for every chunk of channels that share a weight scale (up to 128): `max |x| / 127`.
     A8,
-    /// 16 bits, likewise: `max |x| / 32767`. Relative errors of 1e-5: for weights alone to be quantized.
+    /// 16 bits, likewise: `max |x| / 32639`, so that both bytes are signed ones. Relative errors of 1e-5: for weights alone to be quantized.
     A16,
     /// 8 bits, a scale for every row: `max(max |x|, 1e-5) / 127`, as methods that quantize activations have it.
     A8Row,
@@ -31,8 +31,7 @@ impl Rounding {
 struct Line([u8; 64]);
 
 /// Rows of integers in blocks of a few, `[block, quad, row of the block, channel of the quad]`, so that a kernel finds the
-/// rows of a block beside each other; the last block is filled up with rows of 0. Of two bytes each, a quad has the order 0,
-/// 2, 1, 3: the products of even and odd bytes of weights are summed apart.
+/// rows of a block beside each other; the last block is filled up with rows of 0.
 #[derive(Debug, Default)]
 pub(super) struct Activations {
     values: Vec<Line>,
@@ -45,11 +44,37 @@ pub(super) struct Activations {
     /// Bytes of a block.
     size: usize,
     chunks: usize,
-    wide: bool,
+    order: Order,
     /// A row on its way.
     floats: Vec<f32>,
     bytes: Vec<u8>,
 }
+
+/// How the integers of a quad lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Order {
+    /// A byte each.
+    #[default]
+    Bytes,
+    /// Two bytes each in the order 0, 2, 1, 3: the products of even and odd bytes of weights are summed apart.
+    Words,
+    /// The low bytes of all, then their high bytes, both signed: the value is `256 high + low`.
+    Halves,
+}
+
+impl Order {
+    /// As the kernels of an instruction set take it.
+    fn of(isa: Isa, rounding: Rounding) -> Self {
+        match (rounding.is_wide(), isa) {
+            (false, _) => Self::Bytes,
+            (true, Isa::Avx512) => Self::Halves,
+            (true, _) => Self::Words,
+        }
+    }
+}
+
+/// The largest integer of 16 bits whose halves are signed bytes.
+const WIDEST: f32 = 32639.0;
 
 /// The most rows of a block.
 pub(super) const MOST: usize = 12;
@@ -78,6 +103,7 @@ pub(super) fn with<R>(
     OWN.with(|own| {
         // A call inside a task of another has its own.
         let mut taken = own.take();
+        taken.order = Order::of(isa, rounding);
         each_kind!(x, Values, x => match isa {
             Isa::Scalar => taken.fill(x, rows, chunk, rounding),
             #[cfg(target_arch = "x86_64")]
@@ -109,10 +135,9 @@ impl Activations {
     fn fill<T: Element>(&mut self, x: &[T], rows: usize, chunk: usize, rounding: Rounding) {
         let input = x.len() / rows;
         let units = input.div_ceil(UNIT);
-        self.wide = rounding.is_wide();
         self.chunks = units.div_ceil(chunk);
         self.block = block(rows);
-        let quad = if self.wide { 8 } else { 4 };
+        let quad = if rounding.is_wide() { 8 } else { 4 };
         let row = units * UNIT / 4 * quad;
         self.size = (row * self.block).next_multiple_of(64);
         self.values.clear();
@@ -131,10 +156,10 @@ impl Activations {
             let whole = (rounding == Rounding::A8Row).then(|| largest(&self.floats).max(1e-5) / 127.0);
             let step = chunk * UNIT / 4 * quad;
             for (x, to) in self.floats.chunks(chunk * UNIT).zip(self.bytes.chunks_mut(step)) {
-                let (scale, sum) = if self.wide {
-                    to_i16(x, to)
-                } else {
-                    to_i8(x, to, whole.unwrap_or_else(|| largest(x) / 127.0))
+                let (scale, sum) = match self.order {
+                    Order::Bytes => to_i8(x, to, whole.unwrap_or_else(|| largest(x) / 127.0)),
+                    Order::Words => to_i16::<false>(x, to),
+                    Order::Halves => to_i16::<true>(x, to),
                 };
                 self.scales.push(scale);
                 self.sums.push(sum);
@@ -173,14 +198,19 @@ impl Activations {
     /// The integer of channel `k` of a row.
     #[inline(always)]
     pub(super) fn get(&self, row: usize, k: usize) -> i32 {
-        let quad = (k / 4 * self.block + row % self.block) * 4;
-        let place = quad + if self.wide { [0, 2, 1, 3][k % 4] } else { k % 4 };
-        let from = row / self.block * self.size + place * if self.wide { 2 } else { 1 };
-        let byte = |at: usize| self.values[at / 64].0[at % 64];
-        if self.wide {
-            i32::from(i16::from_le_bytes([byte(from), byte(from + 1)]))
-        } else {
-            i32::from(byte(from).cast_signed())
+        let quad = k / 4 * self.block + row % self.block;
+        let from = row / self.block * self.size;
+        let byte = |at: usize| self.values[(from + at) / 64].0[(from + at) % 64];
+        match self.order {
+            Order::Bytes => i32::from(byte(4 * quad + k % 4).cast_signed()),
+            Order::Words => {
+                let at = 8 * quad + 2 * [0, 2, 1, 3][k % 4];
+                i32::from(i16::from_le_bytes([byte(at), byte(at + 1)]))
+            }
+            Order::Halves => {
+                let [low, high] = [0, 4].map(|half| i32::from(byte(8 * quad + half + k % 4).cast_signed()));
+                256 * high + low
+            }
         }
     }
 }
@@ -241,22 +271,29 @@ fn to_i8(x: &[f32], to: &mut [u8], scale: f32) -> (f32, i32) {
 }
 
 #[inline(always)]
-fn to_i16(x: &[f32], to: &mut [u8]) -> (f32, i32) {
-    let scale = largest(x) / 32767.0;
+fn to_i16<const HALVES: bool>(x: &[f32], to: &mut [u8]) -> (f32, i32) {
+    let scale = largest(x) / WIDEST;
     if let Some(nothing) = without_values(scale) {
         to.fill(0);
         return nothing;
     }
     let mut sum = 0;
     for (x, to) in x.chunks(4).zip(to.chunks_exact_mut(8)) {
-        let mut quad = [0i16; 4];
-        for (i, x) in x.iter().enumerate() {
-            let q = round((x / scale).clamp(-32767.0, 32767.0));
-            sum += q;
-            quad[[0, 2, 1, 3][i]] = q as i16;
+        let mut quad = [0i32; 4];
+        for (x, q) in x.iter().zip(&mut quad) {
+            *q = round((x / scale).clamp(-WIDEST, WIDEST));
+            sum += *q;
         }
-        for (q, to) in quad.into_iter().zip(to.chunks_exact_mut(2)) {
-            to.copy_from_slice(&q.to_le_bytes());
+        if HALVES {
+            for (i, q) in quad.into_iter().enumerate() {
+                let low = q as i8;
+                to[i] = low.cast_unsigned();
+                to[4 + i] = ((q - i32::from(low)) >> 8) as u8;
+            }
+        } else {
+            for (q, to) in [quad[0], quad[2], quad[1], quad[3]].into_iter().zip(to.chunks_exact_mut(2)) {
+                to.copy_from_slice(&(q as i16).to_le_bytes());
+            }
         }
     }
     (scale, sum)

@@ -54,20 +54,25 @@ unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector) -> __m512i 
     }
 }
 
+/// Sums of products: of whole activations of 8 bits, or of the low and the high bytes of those of 16.
+type Sums = [__m512i; 2];
+
 /// Adds the products of a quad.
 #[inline(always)]
-unsafe fn dot<const WIDE: bool>(acc: __m512i, weights: __m512i, x: *const u8) -> __m512i {
+unsafe fn dot<const WIDE: bool>([low, high]: Sums, weights: __m512i, x: *const u8) -> Sums {
     // SAFETY: the caller's function has AVX-512 with VNNI; a quad of x is 4 or 8 bytes.
     unsafe {
-        if WIDE {
-            let even = _mm512_and_si512(weights, _mm512_set1_epi16(0xff));
-            let odd = _mm512_srli_epi16::<8>(weights);
-            let pair = |i: usize| _mm512_set1_epi32(word(x, i));
-            _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(acc, even, pair(0)), odd, pair(1))
-        } else {
-            _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(word(x, 0)))
-        }
+        let bytes = |i: usize| _mm512_set1_epi32(word(x, i));
+        let low = _mm512_dpbusd_epi32(low, weights, bytes(0));
+        [low, if WIDE { _mm512_dpbusd_epi32(high, weights, bytes(1)) } else { high }]
     }
+}
+
+/// The sum of products with whole activations.
+#[inline(always)]
+unsafe fn whole<const WIDE: bool>([low, high]: Sums) -> __m512i {
+    // SAFETY: the caller's function has AVX-512.
+    unsafe { if WIDE { _mm512_add_epi32(low, _mm512_slli_epi32::<8>(high)) } else { low } }
 }
 
 /// Scales and zeros of a chunk.
@@ -116,7 +121,7 @@ unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS
         let mut unit = tile.stream.as_ptr();
         let mut at = x.of_block(0);
         for chunk in 0..tile.chunks() {
-            let mut acc = [[_mm512_setzero_si512(); CHAINS]; ROWS];
+            let mut acc = [[[_mm512_setzero_si512(); 2]; CHAINS]; ROWS];
             for _ in 0..tile.units_of(chunk) {
                 let ahead = |by: usize| unit.cast::<i8>().wrapping_add(by);
                 for i in 0..BITS as usize {
@@ -136,10 +141,10 @@ unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS
             let own = parameters(tile, chunk);
             for t in 0..ROWS {
                 let mut all = acc[t][0];
-                for chain in 1..CHAINS {
-                    all = _mm512_add_epi32(all, acc[t][chain]);
+                for chain in &acc[t][1..] {
+                    all = [_mm512_add_epi32(all[0], chain[0]), _mm512_add_epi32(all[1], chain[1])];
                 }
-                sums[t] = settle(sums[t], all, own, x.of(t, chunk));
+                sums[t] = settle(sums[t], whole::<WIDE>(all), own, x.of(t, chunk));
             }
         }
         for (y, sum) in y.iter_mut().zip(sums) {
@@ -172,7 +177,7 @@ unsafe fn several<const BITS: u32, const WIDE: bool, const ROWS: usize>(
             for (block, y) in y.chunks_mut(ROWS).enumerate() {
                 let row = first + block * ROWS;
                 let mut at = x.of_block(row / ROWS).add(chunk * tile.chunk * QUADS * ROWS * quad_of_x);
-                let mut acc = [_mm512_setzero_si512(); ROWS];
+                let mut acc = [[_mm512_setzero_si512(); 2]; ROWS];
                 for weights in &decoded[..quads] {
                     for t in 0..ROWS {
                         acc[t] = dot::<WIDE>(acc[t], *weights, at.add(t * quad_of_x));
@@ -181,7 +186,8 @@ unsafe fn several<const BITS: u32, const WIDE: bool, const ROWS: usize>(
                 }
                 for t in 0..ROWS.min(y.len()) {
                     let to = y[t].as_mut_ptr();
-                    let sum = settle(_mm512_loadu_ps(to), acc[t], own, x.of(row + t, chunk));
+                    let sum = whole::<WIDE>(acc[t]);
+                    let sum = settle(_mm512_loadu_ps(to), sum, own, x.of(row + t, chunk));
                     _mm512_storeu_ps(to, sum);
                 }
             }
