@@ -31,6 +31,8 @@ const AXIS: &str = "rows";
 pub const GROUP: usize = 128;
 /// Rows from which on libtorch's 4-bit product takes a way that not every processor has the instructions for.
 const INT4_ROWS: usize = 128;
+/// Rows from which on weights are dequantized panel by panel as well.
+const PANEL_ROWS: usize = 64;
 
 fn name(bits: u32, [input, output]: [usize; 2]) -> String {
     format!("{bits} bits, {input} to {output}")
@@ -237,6 +239,17 @@ impl Layer {
             Contender::new("libtorch bf16", || product(&self.in_bf16, &short)).with_error(of_bf16),
             Contender::new("libtorch f32", || product(&self.in_f32, &long)).with_error(of_f32),
         ];
+        if rows >= PANEL_ROWS {
+            let by_panels = |layer: &Packed| nics_core::nn::by_panels(layer, None, &short);
+            let off = error("panels", &floats(&by_panels(&self.ours[0])?)?, &self.meant, 0.05)?;
+            contenders.push(
+                Contender::new(format!("W{b} bf16 panels"), move || {
+                    let layers = &self.ours[..turns(self.ours.len())];
+                    timed(layers.len() as f64, || layers.iter().try_for_each(|w| drop_ok(by_panels(w))))
+                })
+                .with_error(off),
+            );
+        }
         if rows > 1 {
             let off = error("dequantized", &floats(&dequantized(&self.coded[0])?)?, &self.meant, 0.05)?;
             // Slow: a few copies leave the caches as well.

@@ -124,8 +124,7 @@ impl Field {
         let head = sum(&|name| name.starts_with("lm_head"));
         let dense = sum(&|name| name.contains(".layers."));
         let mut forms = Vec::new();
-        for (bits, rounding) in [(3, Rounding::A16), (3, Rounding::A8), (4, Rounding::A16), (4, Rounding::A8)]
-        {
+        for bits in [3, 4] {
             let (mut linears, mut bytes) = (Linears::new(), 0);
             model.visit_projections(&mut |name, projection| {
                 if in_a_layer(name) {

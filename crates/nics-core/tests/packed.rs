@@ -6,7 +6,7 @@ use nics_core::cache::{DenseCache, NoCache};
 use nics_core::checkpoint::Checkpoint;
 use nics_core::generate::{Generator, Request, collect};
 use nics_core::models::{self, Batch, Decoder, Input, Model};
-use nics_core::nn::{Linear, PackedLinear};
+use nics_core::nn::{Linear, PackedLinear, by_panels};
 use nics_core::seam::{Projection, Ragged, SeqId};
 use nics_kernels::packed::Rounding;
 use tch::{Device, Kind, Tensor};
@@ -132,4 +132,37 @@ fn parts_that_do_not_fit_are_refused() {
     ] {
         assert!(found.contains(says), "{found:?} does not say {says:?}");
     }
+}
+
+/// More rows than the integer kernels are for, in bfloat16: where the processor multiplies that itself, another way is taken.
+#[test]
+fn hundreds_of_rows_in_bfloat16() {
+    let seeded = |size: &[i64], step: i64| {
+        let n: i64 = size.iter().product();
+        let x: Vec<f32> = (0..n).map(|i| ((i * step % 251) as f32 - 125.0) / 125.0).collect();
+        Tensor::from_slice(&x).view(size).to_kind(Kind::BFloat16)
+    };
+    let dense = Linear::new(seeded(&[1003, 192], 37), Some(seeded(&[1003], 11)));
+    let layer = pack(&dense, Rounding::A16);
+    let x = seeded(&[2, 150, 192], 53);
+    let exact = x
+        .to_kind(Kind::Double)
+        .linear(&layer.dense().unwrap().to_kind(Kind::Double), layer.bias().map(|b| b.to_kind(Kind::Double)));
+    for found in [
+        layer.forward(&x).unwrap(),
+        layer.forward_many(&[&layer], &x).unwrap().pop().unwrap(),
+        by_panels(layer.weight(), layer.bias().as_ref(), &x.view([300, 192])).unwrap().view([2, 150, 1003]),
+    ] {
+        assert_eq!((found.size(), found.kind()), (exact.size(), Kind::BFloat16));
+        let off = relative(&found.to_kind(Kind::Double), &exact);
+        assert!(off < 5e-3, "off by {off}");
+    }
+    let narrow = seeded(&[300, 160], 53);
+    for refused in [layer.forward(&narrow), by_panels(layer.weight(), None, &narrow)] {
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains("192 channels") && said.contains("160"), "{said}");
+    }
+    let ids = Tensor::zeros([300, 192], (Kind::Int64, Device::Cpu));
+    let said = by_panels(layer.weight(), None, &ids).unwrap_err().to_string();
+    assert!(said.contains("expected a float"), "{said}");
 }

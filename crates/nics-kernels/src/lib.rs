@@ -36,5 +36,5 @@ pub mod pool;
 pub mod rotary;
 
 pub use element::{Element, Kind, Values, ValuesMut};
-pub use isa::Isa;
+pub use isa::{Isa, has_bf16_products};
 pub use pool::Pool;

@@ -1,14 +1,19 @@
 //! A linear layer whose weights are kept in 2, 3, 4 or 8 bits.
 
+mod panels;
+
 use nics_kernels::packed::{Packed, PackedProduct, Rounding, packed};
 use tch::{Device, Kind, Tensor};
+
+pub use panels::by_panels;
 
 use super::memory::{values, values_mut};
 use crate::seam::{Projection, one_by_one};
 use crate::{Error, Result};
 
 /// `y = x Wᵀ + b`, where `W` is codes in groups with a scale and a zero each, and `x` is rounded to integers on the way
-/// ([`Rounding`]). On the CPU all rows go through [`nics_kernels::packed`], which needs no dequantized copy; on other devices,
+/// ([`Rounding`]). On the CPU rows go through [`nics_kernels::packed`], which needs no dequantized copy, but for hundreds of rows in bfloat16, which
+/// [`by_panels`] multiplies; on other devices,
 /// and where gradients are asked for, the weight is dequantized for every call.
 #[derive(Debug)]
 pub struct PackedLinear {
@@ -91,6 +96,14 @@ fn by_kernel(layers: &[&PackedLinear], x: &Tensor) -> Result<Option<Vec<Tensor>>
         return Err(Error::Input(format!("the layer takes {own} channels, x has {input}")));
     }
     let rows = xs.len() / input;
+    if panels::pay(rows, layers[0].rounding, x.kind()) {
+        let flat = x.f_view([rows as i64, input as i64])?;
+        let all = layers.iter().map(|layer| {
+            shape[last] = layer.weight.out() as i64;
+            Ok(by_panels(&layer.weight, layer.bias.as_ref(), &flat)?.f_view(&shape[..])?)
+        });
+        return all.collect::<Result<_>>().map(Some);
+    }
     let mut ys = Vec::with_capacity(layers.len());
     for layer in layers {
         shape[last] = layer.weight.out() as i64;
