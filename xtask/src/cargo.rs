@@ -29,8 +29,11 @@ fn cargo(ws: &Workspace) -> Command {
 
 /// Tests that compile CUDA sources when they know an NVRTC; without a GPU that is what can be held of them. Of the whole
 /// workspace, so that dependencies are built with the features that the tests need as well, once.
-const NVRTC_TESTS: [&[&str]; 2] =
-    [&["test", "--workspace", "--test", "nvrtc"], &["test", "--workspace", "--test", "device", "nvrtc"]];
+const NVRTC_TESTS: [&[&str]; 3] = [
+    &["test", "--workspace", "--test", "nvrtc"],
+    &["test", "--workspace", "--test", "packed", "nvrtc"],
+    &["test", "--workspace", "--test", "device", "nvrtc"],
+];
 
 /// Formatting, lints, documentation, CUDA sources, and dependencies where cargo-deny is installed. Runs all and names what
 /// failed.

@@ -315,7 +315,7 @@ mkdir -p $dir
 /// `check` with a libtorch that is there, and a cargo that writes down what it is asked and where NVRTC is.
 fn checked(sandbox: &Sandbox, code: i32) -> (String, String) {
     let asked = sandbox.path("asked");
-    sandbox.program("cargo", &format!("echo \"$1 $2 $3 NVRTC=$NICS_NVRTC\" >> {}", asked.display()));
+    sandbox.program("cargo", &format!("echo \"$1 $2 $3 $4 NVRTC=$NICS_NVRTC\" >> {}", asked.display()));
     let own = own_libtorch(sandbox, VERSION_HEADER);
     let mut check = sandbox.bare(&["check"]);
     check.env("LIBTORCH", own).env("CARGO", sandbox.path("bin/cargo")).env_remove("NICS_NVRTC");
@@ -329,8 +329,8 @@ fn check_fetches_nvrtc_once_and_compiles_cuda_sources_with_it() {
     for _ in 0..2 {
         let (_, asked) = checked(&sandbox, 0);
         let folder = sandbox.cache().join("nvidia-cuda-nvrtc-13.0.88");
-        for package in ["nics-cuda", "pm-kvq"] {
-            let line = format!("test --package {package} NVRTC={}", folder.display());
+        for test in ["nvrtc", "packed", "device"] {
+            let line = format!("test --workspace --test {test} NVRTC={}", folder.display());
             assert!(asked.lines().any(|l| l == line), "{asked}");
         }
         assert!(folder.join("libnvrtc.so.13").exists());

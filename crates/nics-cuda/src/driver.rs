@@ -83,6 +83,11 @@ impl Device {
         self.arch
     }
 
+    /// Its name, e.g. `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> Result<String> {
+        result::device::get_name(self.context.device).map_err(|e| refused("tell the device's name", e))
+    }
+
     /// Loads compiled code.
     pub fn load(&self, code: &[u8]) -> Result<Module> {
         self.context.enter()?;

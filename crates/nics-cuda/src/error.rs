@@ -63,6 +63,9 @@ pub enum Error {
         /// Its answer.
         reason: String,
     },
+    /// A matrix that the kernels of [`packed`](crate::packed) do not take.
+    #[error("no kernel takes this matrix: {0}")]
+    Matrix(String),
     /// The cache of compiled code.
     #[error(transparent)]
     Base(#[from] nics_base::Error),

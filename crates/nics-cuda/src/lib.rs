@@ -25,10 +25,15 @@
 
 mod compiled;
 mod driver;
+#[cfg(feature = "emulated")]
+mod emulated;
 mod error;
 mod nvrtc;
+pub mod packed;
 
 pub use compiled::{Arch, Source, compiled};
 pub use driver::{Argument, Device, Function, Grid, Module};
+#[cfg(feature = "emulated")]
+pub use emulated::Emulated;
 pub use error::{Error, Result};
 pub use nvrtc::{LOCATION, Nvrtc};

@@ -1,14 +1,11 @@
 //! Pages on a device: libtorch's operations against the scalar kernel of the processor, over random shapes; the CUDA
 //! kernels' source, run as C++, against the operations; and that source through NVRTC, where there is one.
 
-#[path = "device/emulated.rs"]
-mod emulated;
 #[path = "device/made.rs"]
 mod made;
 
-use emulated::{Emulated, Kernel};
 use made::{Block, assert_close, pages, random, read, tensor};
-use nics_cuda::{Arch, LOCATION, Nvrtc, Source};
+use nics_cuda::{Arch, Argument, Emulated, Grid, LOCATION, Nvrtc, Source};
 use nics_kernels::{Isa, Kind, Pool, Values, ValuesMut};
 use pm_kvq::Bits;
 use pm_kvq::device::{Attention, Layout, Pages, SOURCE, Segments, Way, defines, unsupported};
@@ -221,12 +218,21 @@ fn address<T>(of: &[T]) -> u64 {
     of.as_ptr() as u64
 }
 
+/// The kernels of a layout on the processor.
+fn emulated(layout: &Layout) -> Emulated {
+    let source = Source { name: "pm-kvq", text: SOURCE, defines: &defines(layout) };
+    Emulated::compile(&source, &["attend", "combine", "quantize", "halve_8", "halve_4"])
+}
+
+fn grid(blocks: [u32; 2], threads: u32) -> Grid {
+    Grid { blocks: [blocks[0], blocks[1], 1], threads, shared: 0 }
+}
+
 #[test]
 fn the_kernels_as_cpp_equal_the_operations() {
     let mixed = |seed| (vec![Bits::B2, Bits::B4, Bits::B8, Bits::B2, Bits::B4, Bits::B16, Bits::B16], seed);
     for (i, layout) in SERVED.iter().enumerate() {
-        let folder = tempfile::tempdir().unwrap();
-        let kernels = Emulated::compile(layout, folder.path());
+        let kernels = emulated(layout);
         let (heads, d, queries) = (layout.kv_heads as u32, layout.head_dim, layout.queries);
         let sequences = [mixed(31), (vec![Bits::B4], 0), (vec![Bits::B2; 4], 999)];
         let sequences: Vec<Pages> = sequences
@@ -240,17 +246,18 @@ fn the_kernels_as_cpp_equal_the_operations() {
         let mut parts = vec![f32::NAN; segments.chunks * (queries * (2 + d))];
         let mut out = vec![f32::NAN; 3 * queries * d];
         let scale = 1.7 / (d as f64).sqrt();
-        let factor = u64::from(((scale * std::f64::consts::LOG2_E) as f32).to_bits());
+        let factor = Argument::Float((scale * std::f64::consts::LOG2_E) as f32);
+        let kv = Argument::Int(heads as i32);
         // SAFETY: the arguments of the kernels; what they point to lives on.
         unsafe {
             let words = address(&segments.words);
             let table = [words, words + 8 * chunks as u64];
-            let arguments =
-                [parts.as_mut_ptr() as u64, q.data_ptr() as u64, table[0], table[1], heads.into(), factor];
-            kernels.launch(Kernel::Attend, [segments.chunks as u32, heads], 128, &arguments);
-            let arguments =
-                [out.as_mut_ptr() as u64, address(&parts), words + 8 * first as u64, heads.into()];
-            kernels.launch(Kernel::Combine, [3, queries as u32], d as u32, &arguments);
+            let pointers = [parts.as_mut_ptr() as u64, q.data_ptr() as u64, table[0], table[1]];
+            let arguments = [&pointers.map(Argument::Pointer)[..], &[kv, factor]].concat();
+            kernels.launch("attend", grid([segments.chunks as u32, heads], 128), &arguments);
+            let pointers = [out.as_mut_ptr() as u64, address(&parts), words + 8 * first as u64];
+            let arguments = [&pointers.map(Argument::Pointer)[..], &[kv]].concat();
+            kernels.launch("combine", grid([3, queries as u32], d as u32), &arguments);
         }
         let expected = Attention::new(*layout, Device::Cpu).unwrap().attend(&q, scale, &sequences).unwrap();
         assert_close(&Tensor::from_slice(&out).reshape(q.size()), &expected, 2e-5);
@@ -260,8 +267,7 @@ fn the_kernels_as_cpp_equal_the_operations() {
 #[test]
 fn the_kernels_as_cpp_halve_to_the_same_bytes() {
     for layout in &SERVED {
-        let folder = tempfile::tempdir().unwrap();
-        let kernels = Emulated::compile(layout, folder.path());
+        let kernels = emulated(layout);
         let attention = Attention::new(*layout, Device::Cpu).unwrap();
         let n = 2 * layout.kv_heads * layout.page * layout.head_dim;
         let blocks = [1, 2].map(|seed| Block::new(layout, Bits::B16, layout.page, seed));
@@ -273,16 +279,17 @@ fn the_kernels_as_cpp_halve_to_the_same_bytes() {
             .map(|b| b.rows.chunks_exact(16).map(|x| u128::from_le_bytes(x.try_into().unwrap())).collect())
             .collect();
         let mut parameters = vec![vec![f32::NAN; 2 * groups]; 2];
-        let steps = [(Bits::B16, Kernel::Quantize), (Bits::B8, Kernel::Halve8), (Bits::B4, Kernel::Halve4)];
+        let steps = [(Bits::B16, "quantize"), (Bits::B8, "halve_8"), (Bits::B4, "halve_4")];
         for (from, kernel) in steps {
             let table: Vec<u64> = rows
                 .iter_mut()
                 .zip(&mut parameters)
                 .flat_map(|(rows, own)| [rows.as_mut_ptr() as u64, own.as_mut_ptr() as u64])
                 .collect();
-            let arguments = [address(&table), from.bytes(n) as u64, groups as u64];
+            let counts = [from.bytes(n) as u64, groups as u64].map(Argument::Unsigned);
+            let arguments = [Argument::Pointer(address(&table)), counts[0], counts[1]];
             // SAFETY: the arguments of the kernels; what they point to lives on.
-            unsafe { kernels.launch(kernel, [2, 1], 512, &arguments) };
+            unsafe { kernels.launch(kernel, grid([2, 1], 512), &arguments) };
             attention.halve(&mut expected, 0..2).unwrap();
             for (i, page) in expected.pages().iter().enumerate() {
                 let (codes, own) = read(page);

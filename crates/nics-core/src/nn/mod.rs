@@ -12,5 +12,5 @@ pub use activation::Activation;
 pub use layer_norm::{LayerNorm, Norm};
 pub use linear::Linear;
 pub use norm::RmsNorm;
-pub use packed::{PackedLinear, by_panels};
+pub use packed::{DeviceWeight, PackedLinear, by_panels};
 pub use rope::{Rope, RopeConfig, RopeScaling, Rotary};

@@ -1,10 +1,15 @@
 //! A linear layer whose weights are kept in 2, 3, 4 or 8 bits.
 
+mod on_device;
 mod panels;
+
+use std::cell::RefCell;
+use std::sync::Once;
 
 use nics_kernels::packed::{Packed, PackedProduct, Rounding, packed};
 use tch::{Device, Kind, Tensor};
 
+pub use on_device::DeviceWeight;
 pub use panels::by_panels;
 
 use super::memory::{values, values_mut};
@@ -12,9 +17,9 @@ use crate::seam::{Projection, one_by_one};
 use crate::{Error, Result};
 
 /// `y = x Wᵀ + b`, where `W` is codes in groups with a scale and a zero each, and `x` is rounded to integers on the way
-/// ([`Rounding`]). On the CPU rows go through [`nics_kernels::packed`], which needs no dequantized copy, but for hundreds of rows in bfloat16, which
-/// [`by_panels`] multiplies; on other devices,
-/// and where gradients are asked for, the weight is dequantized for every call.
+/// ([`Rounding`]). On the CPU rows go through [`nics_kernels::packed`], which needs no dequantized copy, but for hundreds of rows
+/// in bfloat16, which [`by_panels`] multiplies. On another device the weight is laid out there when the first x comes from it
+/// ([`DeviceWeight`]), and x is not rounded. Where gradients are asked for, the weight is dequantized for every call.
 #[derive(Debug)]
 pub struct PackedLinear {
     weight: Packed,
@@ -23,6 +28,8 @@ pub struct PackedLinear {
     rounding: Rounding,
     /// What [`Projection::dense`] gives.
     kind: Kind,
+    /// The weight where x came from, if that is not the CPU.
+    elsewhere: RefCell<Option<DeviceWeight>>,
 }
 
 impl PackedLinear {
@@ -67,7 +74,7 @@ impl PackedLinear {
         let (shape, group) = ([out as usize, input as usize], (input / groups) as usize);
         let weight = Packed::new(bits, shape, group, &bytes(codes)?, &scales, &bytes(zeros)?)
             .map_err(|e| Error::Input(e.to_string()))?;
-        Ok(Self { weight, bias, rounding, kind })
+        Ok(Self { weight, bias, rounding, kind, elsewhere: RefCell::new(None) })
     }
 
     /// The weight as kernels read it.
@@ -79,6 +86,28 @@ impl PackedLinear {
     pub fn rounding(&self) -> Rounding {
         self.rounding
     }
+}
+
+/// The product on a device that is not the CPU; `None` when x needs a gradient, or the device's layout does not take the weight.
+fn elsewhere(layer: &PackedLinear, x: &Tensor) -> Result<Option<Tensor>> {
+    let device = x.device();
+    if device == Device::Cpu || x.requires_grad() || !DeviceWeight::takes(&layer.weight) {
+        return Ok(None);
+    }
+    let mut kept = layer.elsewhere.borrow_mut();
+    let own = match kept.take().filter(|own| own.device() == device) {
+        Some(own) => own,
+        None => DeviceWeight::new(&layer.weight, device)?,
+    };
+    if let (Device::Cuda(_), Some(why)) = (device, own.obstacle(x.kind())) {
+        static TOLD: Once = Once::new();
+        TOLD.call_once(|| {
+            tracing::warn!(
+                "packed weights are multiplied by libtorch's operations, which are slower than kernels: {why}"
+            );
+        });
+    }
+    kept.insert(own).forward(x, layer.bias.as_ref()).map(Some)
 }
 
 /// Several layers over one `x`; `None` when that is not a case for the kernel.
@@ -128,6 +157,9 @@ fn by_kernel(layers: &[&PackedLinear], x: &Tensor) -> Result<Option<Vec<Tensor>>
 impl Projection for PackedLinear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(y) = by_kernel(&[self], x)?.and_then(|mut ys| ys.pop()) {
+            return Ok(y);
+        }
+        if let Some(y) = elsewhere(self, x)? {
             return Ok(y);
         }
         let weight = self.dense()?.f_to_device(x.device())?.f_to_kind(x.kind())?;
