@@ -102,6 +102,8 @@ fn measure(settings: &Settings, kind: Kind, context: i64, batch: i64) -> Result<
         seed: SEED,
         // Fewer copies than fill the memory may come from a cache.
         bytes: (copies as usize * bytes >= WORKING_SET / 2).then_some(bytes as u64),
+        device: None,
+        bandwidth: None,
         runs,
         absent: Vec::new(),
     })

@@ -144,6 +144,8 @@ fn measure(settings: &Settings, context: usize) -> Result<Case> {
         threads: settings.threads,
         seed: SEED,
         bytes: None,
+        device: None,
+        bandwidth: None,
         runs,
         absent: Vec::new(),
     })

@@ -97,6 +97,8 @@ fn measure(
         threads: settings.threads,
         seed: SEED,
         bytes: Some(bytes + kept_bytes(&dims, batch * mean_context)),
+        device: None,
+        bandwidth: None,
         runs,
         absent,
     })

@@ -30,6 +30,12 @@ pub struct Case {
     pub seed: u64,
     /// Bytes that have to be read from memory for it, where that is the limit.
     pub bytes: Option<u64>,
+    /// What was computed on, for example `cuda: NVIDIA H100`, where that is not the processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Bytes a second of that device's memory: the limit of a case that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<f64>,
     /// The subject first, then its peers; times in rounds that belong together.
     pub runs: Vec<Run>,
     /// Peers that took no part.

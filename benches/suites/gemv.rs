@@ -122,6 +122,8 @@ impl Weights {
             threads: settings.threads,
             seed: SEED,
             bytes: Some((self.input * self.output * element) as u64),
+            device: None,
+            bandwidth: None,
             runs,
             absent,
         })

@@ -10,6 +10,7 @@ mod figure;
 mod gemv;
 mod memory;
 mod packed;
+mod packed_cuda;
 mod packed_decode;
 mod pages;
 mod peers;
@@ -27,13 +28,14 @@ use settings::{Settings, Size};
 /// A suite.
 type Suite = fn(&Settings) -> Result<()>;
 
-const SUITES: [(&str, Suite); 9] = [
+const SUITES: [(&str, Suite); 10] = [
     ("decode", decode::run),
     ("prefill", prefill::run),
     ("serve", serve::run),
     ("gemv", gemv::run),
     ("packed", packed::run),
     ("packed-decode", packed_decode::run),
+    ("packed-cuda", packed_cuda::run),
     ("attention", attention::run),
     ("route", route::run),
     ("pages", pages::run),

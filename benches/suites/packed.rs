@@ -27,22 +27,23 @@ use crate::settings::{SEED, Settings};
 
 const SUITE: &str = "packed";
 const AXIS: &str = "rows";
-/// Weights of a group.
+/// Channels that share a scale.
 pub const GROUP: usize = 128;
+/// Channels in and out: q, k and v together; o; gate or up, down of Qwen2-7B; gate or up of InternLM2-7B.
+pub const SHAPES: [[usize; 2]; 5] = [[3584, 4608], [3584, 3584], [3584, 18944], [18944, 3584], [4096, 14336]];
 /// Rows from which on libtorch's 4-bit product takes a way that not every processor has the instructions for.
 const INT4_ROWS: usize = 128;
 /// Rows from which on weights are dequantized panel by panel as well.
 const PANEL_ROWS: usize = 64;
 
-fn name(bits: u32, [input, output]: [usize; 2]) -> String {
+/// The name of a case.
+pub fn name(bits: u32, [input, output]: [usize; 2]) -> String {
     format!("{bits} bits, {input} to {output}")
 }
 
 /// Runs the suite.
 pub fn run(settings: &Settings) -> Result<()> {
-    // q, k and v together; o; gate or up, down of Qwen2-7B; gate or up of InternLM2-7B.
-    let all = [[3584, 4608], [3584, 3584], [3584, 18944], [18944, 3584], [4096, 14336]];
-    let shapes: &[[usize; 2]] = settings.pick(&all, &all[2..3], &[[512, 192]]);
+    let shapes: &[[usize; 2]] = settings.pick(&SHAPES, &SHAPES[2..3], &[[512, 192]]);
     let rows: &[usize] = settings.pick(&[1, 4, 16, 128, 1024], &[1, 16], &[1, 5]);
     let ggml = Ggml::find(settings.threads)?;
     for &shape in shapes {
@@ -329,6 +330,8 @@ impl Layer {
             threads: settings.threads,
             seed: SEED,
             bytes: Some(self.ours[0].bytes() as u64),
+            device: None,
+            bandwidth: None,
             runs,
             absent,
         })

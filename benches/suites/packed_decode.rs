@@ -216,6 +216,8 @@ impl Field {
             bytes: Some(first + beside),
             runs,
             absent: Vec::new(),
+            device: None,
+            bandwidth: None,
         })
     }
 }

@@ -114,6 +114,8 @@ fn halve(settings: &Settings, from: Bits, tokens: usize) -> Result<Case> {
         threads: 1,
         seed: SEED,
         bytes: None,
+        device: None,
+        bandwidth: None,
         runs,
         absent: Vec::new(),
     })
@@ -440,6 +442,8 @@ fn measure(settings: &Settings, bits: Bits, context: usize, batch: usize) -> Res
         threads: settings.threads,
         seed: SEED,
         bytes: Some((k.bytes() + v.bytes()) as u64),
+        device: None,
+        bandwidth: None,
         runs,
         absent: Vec::new(),
     })

@@ -55,6 +55,8 @@ pub fn run(settings: &Settings) -> Result<()> {
             seed: SEED,
             // Arithmetic is the limit, not memory.
             bytes: None,
+            device: None,
+            bandwidth: None,
             runs,
             absent,
         };

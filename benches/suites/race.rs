@@ -98,7 +98,7 @@ pub fn tell(settings: &Settings, case: &Case) -> Result<()> {
         file.and_then(|mut f| f.write_all(&line))
             .with_context(|| format!("cannot write {}", out.display()))?;
     }
-    if case.runs.iter().all(|run| run.seconds.len() >= LEAST_SAMPLES) {
+    if !case.runs.is_empty() && case.runs.iter().all(|run| run.seconds.len() >= LEAST_SAMPLES) {
         analyse(case);
     }
     Ok(())

@@ -95,6 +95,8 @@ fn model(settings: &Settings, name: &str, lengths: &[usize]) -> Result<()> {
             seed: SEED,
             // Of several tokens, arithmetic may be the limit.
             bytes: (n == 1).then_some(bytes),
+            device: None,
+            bandwidth: None,
             runs,
             absent: Vec::new(),
         };
@@ -172,6 +174,8 @@ fn router(settings: &Settings, storage: Storage, dtype: &str) -> Result<Case> {
         threads: settings.threads,
         seed: SEED,
         bytes: Some(ours[0].bytes() as u64),
+        device: None,
+        bandwidth: None,
         runs,
         absent: Vec::new(),
     })

@@ -87,6 +87,8 @@ fn measure(settings: &Settings, shape: &Shape, kind: Kind, clients: &[usize]) ->
             seed: SEED,
             // The prompt's part in it is left out: what is printed is a little less than the share in decoding.
             bytes: Some(step / clients as u64),
+            device: None,
+            bandwidth: None,
             runs,
             absent: Vec::new(),
         };

@@ -22,8 +22,18 @@ use crate::{cargo, process};
 use figure::Case;
 
 /// The suites, in the order in which they run.
-const SUITES: [&str; 9] =
-    ["decode", "prefill", "serve", "gemv", "packed", "packed-decode", "attention", "route", "pages"];
+const SUITES: [&str; 10] = [
+    "decode",
+    "prefill",
+    "serve",
+    "gemv",
+    "packed",
+    "packed-decode",
+    "packed-cuda",
+    "attention",
+    "route",
+    "pages",
+];
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]

@@ -33,6 +33,11 @@ fn ratio(peer: &Run, subject: &Run) -> Spread {
     Spread::of(peer.seconds.iter().zip(&subject.seconds).map(|(peer, subject)| peer / subject).collect())
 }
 
+/// The bandwidth that limits a case: that of its device, or else the machine's.
+fn limit(case: &Case, machine: f64) -> f64 {
+    case.bandwidth.unwrap_or(machine)
+}
+
 /// Part of the limit that the subject reaches: the time that reading takes at `bandwidth`, over its own.
 fn share(case: &Case, subject: Spread, bandwidth: f64) -> Option<f64> {
     Some(case.bytes? as f64 / bandwidth / subject.median)
@@ -47,7 +52,13 @@ fn overhead(case: &Case) -> Option<f64> {
 /// A few lines: what, time, share of the limit; each peer with its time and ratio.
 pub fn text(case: &Case, bandwidth: f64) -> String {
     let mut text = String::new();
-    let Some((subject, peers)) = case.runs.split_first() else { return text };
+    let Some((subject, peers)) = case.runs.split_first() else {
+        for absent in &case.absent {
+            let _ = writeln!(text, "{}: not measured: {}", case.suite, absent.why);
+        }
+        return text;
+    };
+    let bandwidth = limit(case, bandwidth);
     let time = Spread::of(subject.seconds.clone());
     let _ = write!(
         text,
@@ -101,6 +112,7 @@ fn duration(seconds: f64) -> String {
 /// A row for each time, for each ratio with its quartiles, and for the share of the limit.
 pub fn rows(case: &Case, bandwidth: f64, preset: &str, cpu: &str) -> Vec<Row> {
     let Some((subject, peers)) = case.runs.split_first() else { return Vec::new() };
+    let bandwidth = limit(case, bandwidth);
     let row = |run: &Run, metric: &str, value: f64, unit: &str, higher_is_better| Row {
         variant: run.who.clone(),
         preset: preset.to_owned(),
@@ -112,7 +124,7 @@ pub fn rows(case: &Case, bandwidth: f64, preset: &str, cpu: &str) -> Vec<Row> {
         higher_is_better,
         n: Some(run.seconds.len() as u64),
         seed: Some(case.seed),
-        device: format!("cpu: {cpu}, {} threads", case.threads),
+        device: case.device.clone().unwrap_or_else(|| format!("cpu: {cpu}, {} threads", case.threads)),
         dtype: case.dtype.clone(),
         x: Some(case.x),
         x_label: Some(case.x_label.clone()),
@@ -181,6 +193,8 @@ mod tests {
             threads: 2,
             seed: 1,
             bytes: Some(1_000_000_000),
+            device: None,
+            bandwidth: None,
             // The third round fell on a slow moment, for both.
             runs: vec![run("ours", &[0.1, 0.1, 0.2]), run("libtorch", &[0.2, 0.22, 0.4])],
             absent: vec![Absent { who: "candle".into(), why: "measured in f32 alone".into() }],
@@ -213,6 +227,17 @@ mod tests {
         assert!(find("ours", "time relative to ours").is_none());
         assert!(rows.iter().all(|r| r.x == Some(2048.0) && r.n == Some(3)));
         bandwidth_row(&[1e9, 2e9], "a processor").validate().unwrap();
+    }
+
+    #[test]
+    fn a_device_has_its_own_limit_and_a_case_without_runs_says_why() {
+        let case = Case { device: Some("cuda: a card".into()), bandwidth: Some(40e9), ..case() };
+        assert!(text(&case, 20e9).contains("25 % of 40.0 GB/s"));
+        let rows = rows(&case, 20e9, "", "a processor");
+        assert!(rows.iter().all(|r| r.device == "cuda: a card"));
+        assert!(rows.iter().any(|r| r.metric == "share of read bandwidth" && (r.value - 0.25).abs() < 1e-9));
+        let none = Case { runs: Vec::new(), ..case };
+        assert_eq!(text(&none, 20e9), "decode: not measured: measured in f32 alone\n");
     }
 
     #[test]
