@@ -3,6 +3,8 @@
 //! A shard is idempotent and named by the hash of its configuration, so shards can run anywhere, in any order, twice,
 //! as a Slurm array, a Kubernetes indexed job or a loop in a shell. Item `i` belongs to shard `i % n`.
 
+mod records;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -11,6 +13,8 @@ use serde_json::value::RawValue;
 
 use crate::artefact::write_atomic;
 use crate::error::{AtPath, Error, Result};
+
+pub use records::{Records, gathered};
 
 /// One of `count` equal parts of some work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nics_base::hash;
 use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::{self, JsonlLog};
-use nics_base::shard::{Shard, ShardName};
+use nics_base::shard::{Records, Shard, ShardName};
 use nics_core::generate::{Generator, Prompt, Request, run as generate};
 use nics_core::sampling::{Sampling, log_softmax};
 use nics_core::seam::KvCache;
@@ -89,20 +88,14 @@ pub fn answer(
 ) -> Result<(PathBuf, Vec<Record>)> {
     settings.sampling.validate()?;
     let hash = hash::value(&(settings, &output.identity))?;
-    let name = ShardName::new("items", &hash, output.shard);
-    let done = output.dir.join(name.file_name());
-    let partial = output.dir.join(name.partial_name());
-    if done.exists() {
-        let records: Vec<Record> = jsonl::read(&done)?;
-        // Left behind where an earlier run ended between its last two steps.
-        let _ = std::fs::remove_file(&partial);
-        return Ok((done, records));
+    let records = Records::open(output.dir, &ShardName::new("items", &hash, output.shard))?;
+    if records.is_finished() {
+        return Ok(records.finish(|r: &Record| r.index)?);
     }
-    let (log, mut records) = JsonlLog::<Record>::open(&partial)?;
-    let known: HashSet<usize> = records.iter().map(|r| r.index).collect();
+    let known: HashSet<usize> = records.records().iter().map(|r| r.index).collect();
     let todo: Vec<usize> = output.shard.items(items.len()).filter(|i| !known.contains(i)).collect();
-    let mut writer = Writer { log, records: &mut records, progress: &mut *output.progress };
-    (writer.progress)(writer.records.len());
+    let mut writer = Writer { records, progress: &mut *output.progress };
+    (writer.progress)(known.len());
     let by_letter = settings.selection.task.is_choice() && settings.mode == Mode::Ppl;
     if by_letter {
         for i in todo {
@@ -112,24 +105,18 @@ pub fn answer(
     } else {
         reply(megrez, cache, items, &todo, settings, output.batch, output.interrupt, &mut writer)?;
     }
-    drop(writer);
-    records.sort_by_key(|r| r.index);
-    jsonl::write(&done, &records)?;
-    std::fs::remove_file(&partial).map_err(|source| Error::Io { path: partial, source })?;
-    Ok((done, records))
+    Ok(writer.records.finish(|r| r.index)?)
 }
 
 struct Writer<'a> {
-    log: JsonlLog<Record>,
-    records: &'a mut Vec<Record>,
+    records: Records<Record>,
     progress: &'a mut dyn FnMut(usize),
 }
 
 impl Writer<'_> {
     fn add(&mut self, record: Record) -> Result<()> {
-        self.log.append(&record)?;
-        self.records.push(record);
-        (self.progress)(self.records.len());
+        self.records.append(record)?;
+        (self.progress)(self.records.records().len());
         Ok(())
     }
 }
