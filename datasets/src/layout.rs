@@ -198,14 +198,19 @@ fn stem(path: &Path) -> &str {
     path.file_stem().and_then(|s| s.to_str()).unwrap_or_default()
 }
 
-/// Cuts `-00000-of-00001`, or a name that is nothing but a shard's number; tells whether there was one.
+/// Cuts `-00000-of-00001`, also with the hash that older uploads carry behind it, or a name that is nothing but a shard's
+/// number; tells whether there was one.
 fn shard(stem: &str) -> (&str, bool) {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     if stem.len() == 4 && digits(stem) {
         return ("", true);
     }
+    let count = |of: &str| match of.split_once('-') {
+        Some((of, hash)) => digits(of) && hash.len() == 16 && hash.bytes().all(|b| b.is_ascii_hexdigit()),
+        None => digits(of),
+    };
     let cut =
-        stem.rsplit_once("-of-").filter(|(_, of)| digits(of)).and_then(|(rest, _)| rest.rsplit_once('-'));
+        stem.rsplit_once("-of-").filter(|(_, of)| count(of)).and_then(|(rest, _)| rest.rsplit_once('-'));
     match cut {
         Some((name, index)) if digits(index) => (name, true),
         _ => (stem, false),
@@ -228,6 +233,9 @@ mod tests {
         assert_eq!(at("agronomy/test.jsonl"), is("agronomy", Part::Test));
         assert_eq!(at("agronomy_dev.jsonl"), is("agronomy", Part::Dev));
         assert_eq!(at("main/train-00001-of-00004.parquet"), is("", Part::Train));
+        assert_eq!(at("data/val-00000-of-00005-7775fd61bc6a3d98.parquet"), is("", Part::Validation));
+        assert_eq!(at("ScienceQA-IMG/test-00000-of-00001.parquet"), is("ScienceQA-IMG", Part::Test));
+        assert_eq!(at("default/test/0000.parquet"), is("", Part::Test));
         assert_eq!(at("test.jsonl"), is("", Part::Test));
         assert_eq!(at("data/test.jsonl"), is("", Part::Test));
         assert_eq!(at("README.md"), None);

@@ -5,6 +5,7 @@
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
 //! - [`Reasoning`]: AIME, GPQA, MMLU-Pro and MMLU-Redux.
+//! - [`Visual`]: questions about images, of MMMU, SEED-Bench, OCRBench, VizWiz-VQA, ScienceQA and TextVQA.
 //! - [`live_code_bench`]: programming problems, and the judge that runs programs on their tests.
 //! - [`gsm8k`], [`arithmetic()`]: GSM8K and tables in its form as [`Arithmetic`] problems.
 //!
@@ -28,13 +29,17 @@ mod error;
 pub mod grading;
 mod layout;
 pub mod live_code_bench;
+mod pictures;
 mod reasoning;
 pub mod ring;
 mod table;
+mod visual;
 pub mod word_problems;
 
 pub use arithmetic::{Arithmetic, GSM8K_HUB_ID, arithmetic, gsm8k};
 pub use choice::{Benchmark, Choice};
 pub use error::{DatasetError, Result};
 pub use layout::Part;
+pub use pictures::Picture;
 pub use reasoning::{Reasoned, Reasoning};
+pub use visual::{Gold, Visual, VisualQuestion, VisualSet};

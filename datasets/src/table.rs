@@ -1,4 +1,4 @@
-//! Rows of a JSONL, CSV or parquet file, with errors that name file, row and field.
+//! Rows of a JSONL, CSV or parquet file, with errors that name file, row and field. Raw bytes in parquet (images) are left out.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,6 +10,7 @@ use parquet::record::Field;
 use serde_json::{Map, Value};
 
 use crate::error::{DatasetError, Result};
+use crate::pictures::without_bytes;
 
 /// One row of a table and where it stands.
 #[derive(Debug)]
@@ -100,6 +101,30 @@ impl<'a> Row<'a> {
         Ok(text)
     }
 
+    /// A text, which may be blank.
+    pub(crate) fn string(&self, names: &[&str]) -> Result<String> {
+        let (name, value) = self.required(names)?;
+        match value {
+            Value::String(text) => Ok(text.clone()),
+            Value::Number(number) => Ok(number.to_string()),
+            other => Err(self.bad(name, format!("found {}, expected a text", kind(other)))),
+        }
+    }
+
+    /// A list of texts, which may be blank.
+    pub(crate) fn strings(&self, name: &str) -> Result<Vec<String>> {
+        let (_, value) = self.required(&[name])?;
+        let wrong =
+            |found: &Value| self.bad(name, format!("found {}, expected a list of texts", kind(found)));
+        let list = value.as_array().ok_or_else(|| wrong(value))?;
+        list.iter().map(|v| v.as_str().map(str::to_owned).ok_or_else(|| wrong(v))).collect()
+    }
+
+    /// Whether the row has a field of this name, be it empty.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.fields.contains_key(name)
+    }
+
     /// An error about a field of this row.
     pub(crate) fn bad(&self, field: &str, reason: String) -> DatasetError {
         DatasetError::BadField {
@@ -177,8 +202,9 @@ fn parquet(path: &Path) -> Result<Vec<Map<String, Value>>> {
     let bad = |reason: &dyn ToString| unreadable(path, "parquet", reason);
     let file = File::open(path).map_err(|e| bad(&e))?;
     let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
+    let schema = without_bytes(reader.metadata().file_metadata().schema()).map_err(|e| bad(&e))?;
     let mut rows = Vec::new();
-    for row in reader.get_row_iter(None).map_err(|e| bad(&e))? {
+    for row in reader.get_row_iter(Some(schema)).map_err(|e| bad(&e))? {
         let row = row.map_err(|e| bad(&e))?;
         rows.push(row.get_column_iter().map(|(name, field)| (name.clone(), plain(field))).collect());
     }
