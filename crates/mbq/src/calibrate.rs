@@ -133,7 +133,7 @@ pub fn calibrate(
     let mut run = Run { decoder, names, batch, config, seating, together, running };
     let (sensitivity, ratios) = match balance {
         BalanceMode::Auto => {
-            let sensitivity = run.sensitivity(&mut sums)?;
+            let sensitivity = sensitivity_of(run.decoder, batch, &run.seating, &mut sums, run.running)?;
             let ratios = sensitivity.ratios()?;
             (Some(sensitivity), ratios)
         }
@@ -151,6 +151,64 @@ pub fn calibrate(
         scales.write(out, origin)?;
     }
     Ok(scales)
+}
+
+/// The sensitivity of a decoder on a batch, as [`calibrate`] measures it first. With an output folder a run that finds its own
+/// progress there goes on.
+///
+/// # Errors
+/// [`Error::AllLabelsIgnored`], a limit of memory that cannot be kept, gradients that are not finite, progress of another run, a
+/// stop that was asked for.
+pub fn measure_sensitivity(
+    decoder: &Decoder,
+    batch: &CalibBatch,
+    origin: &Origin,
+    running: &mut Running,
+) -> Result<Sensitivity> {
+    let (dims, hidden) = (decoder.dims(), batch.embeds().size()[2]);
+    if hidden != dims.hidden {
+        return Err(Error::Input(format!("embeddings of width {hidden}, the model's are {}", dims.hidden)));
+    }
+    Needs::of_sensitivity(dims, batch).fit(running.max_memory, 1)?;
+    let identity = nics_base::hash::value(&("sensitivity", origin, batch.hash()?))?;
+    let _lock = running.out.map(|out| Lock::take(out.join(LOCK))).transpose()?;
+    let mut sums = Sums::load(running.out, &identity)?;
+    let _no_grad = tch::no_grad_guard();
+    let seating = Seating::of(decoder, batch)?;
+    sensitivity_of(decoder, batch, &seating, &mut sums, running)
+}
+
+fn step(running: &mut Running, stage: Stage, done: usize, total: usize) -> Result<()> {
+    (running.progress)(Progress { stage, done, total });
+    Ok(running.interrupt.check()?)
+}
+
+/// The samples whose gradients are not in `sums` yet, one by one.
+fn sensitivity_of(
+    decoder: &Decoder,
+    batch: &CalibBatch,
+    seating: &Seating,
+    sums: &mut Sums,
+    running: &mut Running,
+) -> Result<Sensitivity> {
+    let total = batch.samples() as usize;
+    let begun = sums.position.samples;
+    while sums.position.samples < total {
+        step(running, Stage::Sensitivity, sums.position.samples, total)?;
+        let sample = sums.position.samples;
+        if let Some(one) = measure(decoder, batch, seating, sample as i64)? {
+            sums.position.answered += 1;
+            sums.add_gradients(one)?;
+        } else {
+            tracing::warn!("sample {sample} has no answer and is left out of the sensitivity");
+        }
+        sums.position.samples += 1;
+        sums.save()?;
+    }
+    if begun < total {
+        (running.progress)(Progress { stage: Stage::Sensitivity, done: total, total });
+    }
+    Sensitivity::from_sums(batch, sums.gradients(), sums.position.answered)
 }
 
 /// What a batch can be balanced by: without a single position of another modality than answers there is nothing to weigh.
@@ -192,32 +250,6 @@ struct Run<'a, 'r> {
 }
 
 impl Run<'_, '_> {
-    fn step(&mut self, stage: Stage, done: usize, total: usize) -> Result<()> {
-        (self.running.progress)(Progress { stage, done, total });
-        Ok(self.running.interrupt.check()?)
-    }
-
-    fn sensitivity(&mut self, sums: &mut Sums) -> Result<Sensitivity> {
-        let total = self.batch.samples() as usize;
-        let begun = sums.position.samples;
-        while sums.position.samples < total {
-            self.step(Stage::Sensitivity, sums.position.samples, total)?;
-            let sample = sums.position.samples;
-            if let Some(one) = measure(self.decoder, self.batch, &self.seating, sample as i64)? {
-                sums.position.answered += 1;
-                sums.add_gradients(one)?;
-            } else {
-                tracing::warn!("sample {sample} has no answer and is left out of the sensitivity");
-            }
-            sums.position.samples += 1;
-            sums.save()?;
-        }
-        if begun < total {
-            (self.running.progress)(Progress { stage: Stage::Sensitivity, done: total, total });
-        }
-        Sensitivity::from_sums(self.batch, sums.gradients(), sums.position.answered)
-    }
-
     /// Where each chunk begins and ends.
     fn chunks(&self) -> Vec<(i64, i64)> {
         let samples = self.batch.samples();
@@ -247,7 +279,7 @@ impl Run<'_, '_> {
                 }
                 ops
             } else {
-                self.step(Stage::Search, l, total)?;
+                step(self.running, Stage::Search, l, total)?;
                 let (seating, float_ref, rounded_ref) = (&self.seating, &float, &rounded);
                 let chunk = |n: usize| -> Result<Chunk> {
                     let (from, to) = chunks[n];

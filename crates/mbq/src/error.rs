@@ -113,6 +113,9 @@ pub enum Error {
     /// The core.
     #[error(transparent)]
     Core(#[from] nics_core::Error),
+    /// Benchmarks.
+    #[error(transparent)]
+    Data(#[from] nics_datasets::DatasetError),
     /// Artefacts, files, interrupts.
     #[error(transparent)]
     Base(#[from] nics_base::Error),

@@ -46,6 +46,14 @@ impl Language {
         }
     }
 
+    /// All of it, to be run.
+    pub fn model(&self) -> &dyn Model {
+        match self {
+            Self::Text(decoder) => &**decoder,
+            Self::Seeing(vlm) => &**vlm,
+        }
+    }
+
     /// All of it.
     pub fn model_mut(&mut self) -> &mut dyn Model {
         match self {

@@ -7,6 +7,7 @@
 //!
 //! | step | here |
 //! |---|---|
+//! | a question about images as a model reads it | [`prompt`] |
 //! | captions to embedded samples with masks | [`data`], [`batch`] |
 //! | what each modality weighs | [`sensitivity`] |
 //! | the loss, the candidates, the search of a layer | [`loss`], [`candidates`], [`search`] |
@@ -14,7 +15,8 @@
 //! | folding and rounding | [`fold`], [`quantize`], [`apply`] |
 //! | rivals, and MBQ, behind one trait | [`methods`] with [`clip`], [`gptq`], [`smooth`] |
 //! | files that engines load | [`layout`], [`export`] |
-//! | how answers are scored | [`evaluation`] |
+//! | which layers of a model are quantized | [`inventory`] |
+//! | how a model is measured and answers are scored | [`evaluation`] |
 
 pub mod apply;
 pub mod artefact;
@@ -28,6 +30,7 @@ pub mod evaluation;
 pub mod export;
 pub mod fold;
 pub mod gptq;
+pub mod inventory;
 pub mod language;
 pub mod layer;
 pub mod layout;
@@ -36,6 +39,7 @@ pub mod memory;
 pub mod methods;
 pub mod operators;
 mod progress;
+pub mod prompt;
 pub mod quantize;
 pub mod run;
 pub mod search;

@@ -1,4 +1,4 @@
-//! `mbq`: calibrates and quantizes the language model of a checkpoint, and shows what was found.
+//! `mbq`: calibrates, quantizes and measures the language model of a checkpoint, and shows what was found.
 
 mod commands;
 
@@ -19,10 +19,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make the list that a calibration reads, from captions as they are published
+    PrepareData(commands::prepare_data::PrepareData),
+    /// Measure how much the training loss reacts to each modality; resumable
+    Sensitivity(commands::sensitivity::Measure),
     /// Search scales for a model on captions or texts; resumable
     Calibrate(commands::calibrate::Calibrate),
     /// Quantize a model by a method, or with scales that were searched, and write it as a checkpoint
     Quantize(commands::quantize::Quantize),
+    /// Measure a model on benchmarks of questions about images; resumable, in shards
+    Eval(commands::eval::Eval),
     /// Show what a calibration has found
     Inspect(commands::inspect::Inspect),
 }
@@ -31,8 +37,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     cli.log.init();
     main_exit(|| match cli.command {
+        Command::PrepareData(command) => command.run(cli.log.quiet),
+        Command::Sensitivity(command) => command.run(cli.log.quiet),
         Command::Calibrate(command) => command.run(cli.log.quiet),
         Command::Quantize(command) => command.run(cli.log.quiet),
+        Command::Eval(command) => command.run(cli.log.quiet),
         Command::Inspect(command) => command.run(),
     })
 }

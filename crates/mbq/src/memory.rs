@@ -13,6 +13,8 @@ pub struct Needs {
     pub fixed: u64,
     /// For each sample that runs at the same time.
     pub sample: u64,
+    /// The backward pass of one sample, a part of `fixed`.
+    backward: u64,
 }
 
 impl Needs {
@@ -30,7 +32,13 @@ impl Needs {
         let one = 4 * l * (10 * h + 6 * i + 4 * attended + 4 * keys) + 4 * l * l * (1 + heads);
         let backward =
             if sensitivity { 4 * l * h * dims.layers as u64 + 3 * one + 12 * l * n(dims.vocab) } else { 0 };
-        Self { fixed: states + search.max(backward), sample: paths * one }
+        Self { fixed: states + search.max(backward), sample: paths * one, backward }
+    }
+
+    /// Of the sensitivity alone: hidden states of one sample in each layer, and the backward pass through one.
+    pub fn of_sensitivity(dims: &ModelDims, batch: &CalibBatch) -> Self {
+        let Self { sample, backward, .. } = Self::of(dims, batch, false, true);
+        Self { fixed: backward, sample, backward }
     }
 
     /// The most samples, up to `all`, that may run together under a limit.

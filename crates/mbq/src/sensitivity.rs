@@ -177,6 +177,19 @@ impl Sensitivity {
     /// # Errors
     /// Answers that the loss does not react to at all.
     pub fn ratios(&self) -> Result<Vec<Ratios>> {
+        let floored = |r: Vec<f64>| {
+            let floor = median(&r);
+            r.into_iter().map(|r| r.max(floor)).collect()
+        };
+        let lifted = |r: Ratios| Ratios { attention: floored(r.attention), mlp: floored(r.mlp), ..r };
+        Ok(self.measured()?.into_iter().map(lifted).collect())
+    }
+
+    /// `r` of each modality in each layer as it was measured, below the median too.
+    ///
+    /// # Errors
+    /// Answers that the loss does not react to at all.
+    pub fn measured(&self) -> Result<Vec<Ratios>> {
         let Some((answer, others)) = self.modalities.split_first() else {
             return Err(Error::Input("a sensitivity without modalities".into()));
         };
@@ -192,8 +205,7 @@ impl Sensitivity {
                 }
                 ratios.push(r);
             }
-            let floor = median(&ratios);
-            Ok(ratios.into_iter().map(|r| r.max(floor)).collect())
+            Ok(ratios)
         };
         others
             .iter()

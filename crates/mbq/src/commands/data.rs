@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use mbq::batch::CalibBatch;
 use mbq::data::captions::{read, with_images_of};
@@ -11,13 +11,12 @@ use mbq::data::conversation::{Embedded, Reader, batched, joined};
 use mbq::data::format::{Format, blocks};
 use mbq::data::order::{picks, shuffled};
 use mbq::language::Language;
+use mbq::prompt::Prompter;
 use nics_base::progress::Progress;
 use nics_core::checkpoint::Checkpoint;
 use nics_core::cli::at_least_one;
 use nics_core::models::Model;
-use nics_core::template::ChatTemplate;
 use nics_core::tokenizer::Tokenizer;
-use nics_core::vision::Processor;
 use serde::Deserialize;
 
 /// Tokens of a text between two samples, and of a block of texts.
@@ -50,6 +49,9 @@ pub struct DataArgs {
     /// Seed of the order of samples; 42 picks those of the published calibrations
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
+    /// Take the items of --data as they stand, as `mbq prepare-data` has put them, rather than in the seed's order
+    #[arg(long)]
+    in_order: bool,
 }
 
 #[derive(Deserialize)]
@@ -60,16 +62,13 @@ struct Text {
 impl DataArgs {
     /// The samples, embedded.
     pub fn batch(&self, checkpoint: &Checkpoint, model: &Language, quiet: bool) -> Result<CalibBatch> {
-        let tokenizer = Tokenizer::from_checkpoint(checkpoint)?;
-        let Some(data) = &self.data else { return self.texts_alone(&tokenizer, model) };
-        let template = ChatTemplate::from_checkpoint(checkpoint)?
-            .with_context(|| format!("{} has no chat template: conversations need one", checkpoint.name()))?;
-        let processor = if Language::sees(checkpoint) { Some(Processor::open(checkpoint)?) } else { None };
+        let Some(data) = &self.data else {
+            return self.texts_alone(&Tokenizer::from_checkpoint(checkpoint)?, model);
+        };
+        let prompter = Prompter::open(checkpoint)?;
         let own = data.parent().unwrap_or(Path::new("")).to_owned();
         let reader = Reader {
-            tokenizer: &tokenizer,
-            template: &template,
-            processor: processor.as_ref(),
+            prompter: &prompter,
             images: self.image_dir.as_deref().unwrap_or(&own),
             longest: self.max_len.unwrap_or(model.decoder().dims().context),
         };
@@ -80,7 +79,11 @@ impl DataArgs {
                 bail!("{}: no item has an image whose path contains {part:?}", data.display());
             }
         }
-        let order = picks(items.len(), self.samples, self.seed);
+        let order = if self.in_order {
+            (0..items.len()).cycle().take(self.samples).collect()
+        } else {
+            picks(items.len(), self.samples, self.seed)
+        };
         let bar = if quiet { Progress::hidden() } else { Progress::new(order.len() as u64, "samples read") };
         let mut samples = Vec::with_capacity(order.len());
         for i in order {
@@ -88,8 +91,11 @@ impl DataArgs {
             bar.inc(1);
         }
         bar.finish();
-        let texts =
-            if self.format == Format::Interleave { self.between(&tokenizer, model)? } else { Vec::new() };
+        let texts = if self.format == Format::Interleave {
+            self.between(&prompter.tokenizer, model)?
+        } else {
+            Vec::new()
+        };
         Ok(batched(&joined(&samples, self.format, &texts)?, reader.side())?)
     }
 

@@ -2,6 +2,9 @@
 
 pub mod calibrate;
 pub mod data;
+pub mod eval;
 pub mod inspect;
 pub mod opened;
+pub mod prepare_data;
 pub mod quantize;
+pub mod sensitivity;

@@ -32,6 +32,24 @@ pub enum Speaker {
     System,
 }
 
+impl Serialize for Caption {
+    /// As it is read: `image` is a path, a list of several, or missing.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        use serde::ser::SerializeMap;
+        let mut map = serializer.serialize_map(None)?;
+        if let Some(id) = &self.id {
+            map.serialize_entry("id", id)?;
+        }
+        match self.images.as_slice() {
+            [] => {}
+            [one] => map.serialize_entry("image", one)?,
+            several => map.serialize_entry("image", several)?,
+        }
+        map.serialize_entry("conversations", &self.conversations)?;
+        map.end()
+    }
+}
+
 /// What somebody says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Turn {
@@ -106,26 +124,39 @@ impl Caption {
 /// # Errors
 /// [`Error::DataItemInvalid`] for the first item that is wrong, [`Error::NoData`] for a file without one.
 pub fn read(path: &Path) -> Result<Vec<Caption>> {
-    let io = |source| nics_base::Error::Io { action: "read", path: path.to_owned(), source };
-    let len = std::fs::metadata(path).map_err(io)?.len();
-    if len > MAX_BYTES {
-        let reason = format!("{len} bytes, expected at most {MAX_BYTES}; take a part of it");
-        return Err(Error::Artefact { path: path.to_owned(), reason });
-    }
-    let text = std::fs::read_to_string(path).map_err(io)?;
-    let items = if text.trim_start().starts_with('[') { list(path, &text)? } else { lines(path, &text)? };
+    each(path)?.into_iter().collect()
+}
+
+/// [`read`], with what is wrong item by item: for those who can leave some out.
+///
+/// # Errors
+/// A file that cannot be read, that is no JSON, or that has no item.
+pub fn each(path: &Path) -> Result<Vec<Result<Caption>>> {
+    let text = text(path)?;
+    let items = if text.trim_start().starts_with('[') { list(path, &text)? } else { lines(path, &text) };
     if items.is_empty() {
         return Err(Error::NoData(format!("{} has no item", path.display())));
     }
     Ok(items)
 }
 
-fn lines(path: &Path, text: &str) -> Result<Vec<Caption>> {
+/// The text of a data file.
+pub(super) fn text(path: &Path) -> Result<String> {
+    let io = |source| nics_base::Error::Io { action: "read", path: path.to_owned(), source };
+    let len = std::fs::metadata(path).map_err(io)?.len();
+    if len > MAX_BYTES {
+        let reason = format!("{len} bytes, expected at most {MAX_BYTES}; take a part of it");
+        return Err(Error::Artefact { path: path.to_owned(), reason });
+    }
+    Ok(std::fs::read_to_string(path).map_err(io)?)
+}
+
+fn lines(path: &Path, text: &str) -> Vec<Result<Caption>> {
     let filled = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     filled.map(|(n, line)| Caption::parse(path, n + 1, line)).collect()
 }
 
-fn list(path: &Path, text: &str) -> Result<Vec<Caption>> {
+fn list(path: &Path, text: &str) -> Result<Vec<Result<Caption>>> {
     let raw: Vec<&RawValue> = serde_json::from_str(text).map_err(|e| Error::DataItemInvalid {
         path: path.to_owned(),
         line: e.line(),
@@ -138,14 +169,21 @@ fn list(path: &Path, text: &str) -> Result<Vec<Caption>> {
         let begins = item.get().as_ptr() as usize - text.as_ptr() as usize;
         line += text[at..begins].matches('\n').count();
         at = begins;
-        items.push(Caption::parse(path, line, item.get())?);
+        items.push(Caption::parse(path, line, item.get()));
     }
     Ok(items)
 }
 
-/// Items of which an image's path contains `part`, e.g. `coco`.
+impl Caption {
+    /// Whether an image's path contains `part`, e.g. `coco`.
+    pub fn shows_image_of(&self, part: &str) -> bool {
+        self.images.iter().any(|i| i.contains(part))
+    }
+}
+
+/// Items of which an image's path contains `part`.
 pub fn with_images_of(items: Vec<Caption>, part: &str) -> Vec<Caption> {
-    items.into_iter().filter(|c| c.images.iter().any(|i| i.contains(part))).collect()
+    items.into_iter().filter(|c| c.shows_image_of(part)).collect()
 }
 
 #[cfg(test)]

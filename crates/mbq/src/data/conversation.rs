@@ -2,33 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
-use nics_core::template::{ChatTemplate, Content, Message, RenderOptions};
-use nics_core::tokenizer::Tokenizer;
 use nics_core::train::IGNORED;
-use nics_core::vision::{Media, Processor, TokenKind, picture};
-use serde_json::json;
+use nics_core::vision::{Media, MediaPrompt, Processor, TokenKind, picture};
 use tch::{Kind, Tensor};
 
-use super::captions::{Caption, Speaker};
+use super::captions::Caption;
 use super::collate::{Sample, Side};
 use super::format::{Format, Piece, pieces};
 use crate::batch::{CalibBatch, Modality};
 use crate::language::Language;
+use crate::prompt::Prompter;
 use crate::{Error, Result};
 
-/// Stands for an image in caption data.
-const IMAGE: &str = "<image>";
 /// Begins a turn of Qwen2-VL, whose labels include its header.
 const TURN: &str = "<|im_start|>";
 
 /// What captions are read with.
 pub struct Reader<'a> {
-    /// The model's tokenizer.
-    pub tokenizer: &'a Tokenizer,
-    /// Its chat template.
-    pub template: &'a ChatTemplate,
-    /// How it sees; `None` for text alone.
-    pub processor: Option<&'a Processor>,
+    /// The model's tokenizer, template and processor.
+    pub prompter: &'a Prompter,
     /// What image paths are relative to.
     pub images: &'a Path,
     /// The most positions of a sample.
@@ -57,6 +49,16 @@ impl Embedded {
     }
 }
 
+/// A caption as ids, with what its images become.
+struct Prompted {
+    ids: Vec<i64>,
+    /// One a position, images included.
+    labels: Vec<i64>,
+    /// One a position.
+    kinds: Vec<TokenKind>,
+    shown: Option<MediaPrompt>,
+}
+
 impl Reader<'_> {
     /// A caption, embedded.
     ///
@@ -70,42 +72,57 @@ impl Reader<'_> {
         })
     }
 
+    /// Positions of each modality that a caption takes, `answer` first and `prompt` last: what is known without the model's
+    /// weights.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), without the line.
+    pub fn counts(&self, caption: &Caption) -> Result<Vec<(&'static str, usize)>> {
+        let prompted = self.prompted(caption)?;
+        let of = |kind| prompted.kinds.iter().filter(|k| **k == kind).count();
+        let answer = prompted.labels.iter().filter(|l| **l != IGNORED).count();
+        Ok(vec![
+            ("answer", answer),
+            (TokenKind::Image.name(), of(TokenKind::Image)),
+            ("prompt", of(TokenKind::Text) - answer),
+        ])
+    }
+
     fn embedded(&self, caption: &Caption, model: &Language) -> Result<Embedded> {
-        if !caption.images.is_empty() && self.processor.is_none() {
-            return Err(Error::Input("it shows an image, but the model does not see".into()));
-        }
+        let Prompted { ids, labels, kinds, shown } = self.prompted(caption)?;
+        let embeds = match shown {
+            Some(prompt) => model.vlm()?.embed_prompt(&prompt)?.embeddings,
+            None => model.embed(&ids)?,
+        };
+        Ok(Embedded { embeds, labels, kinds })
+    }
+
+    fn prompted(&self, caption: &Caption) -> Result<Prompted> {
         let sample = self.tokens(caption)?;
-        let placeholder = self.processor.map(|p| i64::from(p.placeholders().image));
-        let found = sample.ids.iter().filter(|id| Some(**id) == placeholder).count();
-        if found != caption.images.len() {
-            return Err(Error::Input(format!(
-                "its text has {found} places for {} images; the chat template is not one of a model that sees",
-                caption.images.len()
-            )));
-        }
-        let Some(processor) = self.processor.filter(|_| found > 0) else {
+        let ids: Vec<u32> = sample.ids.iter().map(|id| *id as u32).collect();
+        self.prompter.check(&ids, caption.images.len())?;
+        let placeholder = self.prompter.placeholder().map(i64::from);
+        let Some(processor) = self.prompter.processor.as_ref().filter(|_| !caption.images.is_empty()) else {
             self.fits(sample.ids.len())?;
-            let mut all = Embedded::text(model, &sample.ids)?;
-            all.labels = sample.labels;
-            return Ok(all);
+            let kinds = vec![TokenKind::Text; sample.ids.len()];
+            return Ok(Prompted { ids: sample.ids, labels: sample.labels, kinds, shown: None });
         };
         let mut media = Vec::with_capacity(caption.images.len());
         for path in &caption.images {
             let path: PathBuf = self.images.join(path);
             media.push(Media::Image(picture::open(&path).map_err(nics_core::Error::from)?));
         }
-        let ids: Vec<u32> = sample.ids.iter().map(|id| *id as u32).collect();
         let prompt = processor.prompt(&ids, &media)?;
         self.fits(prompt.ids.len())?;
-        let embedded = model.vlm()?.embed_prompt(&prompt)?;
         // Images have grown, text has not.
         let mut text = sample.ids.iter().zip(&sample.labels).filter(|(id, _)| Some(**id) != placeholder);
         let label = |kind: &TokenKind| match kind {
             TokenKind::Text => text.next().map_or(IGNORED, |(_, label)| *label),
             TokenKind::Image | TokenKind::Video => IGNORED,
         };
-        let labels = embedded.kinds.iter().map(label).collect();
-        Ok(Embedded { embeds: embedded.embeddings, labels, kinds: embedded.kinds })
+        let labels = prompt.kinds.iter().map(label).collect();
+        let kinds = prompt.kinds.clone();
+        Ok(Prompted { ids: sample.ids, labels, kinds, shown: Some(prompt) })
     }
 
     fn fits(&self, positions: usize) -> Result<()> {
@@ -117,27 +134,18 @@ impl Reader<'_> {
 
     /// Ids with one placeholder for each image, and labels.
     fn tokens(&self, caption: &Caption) -> Result<Sample> {
-        let parts = self.messages(caption, true);
-        let wanted = caption.images.len();
-        let fits = |messages: &[Message]| -> Result<bool> {
-            let Some(processor) = self.processor.filter(|_| wanted > 0) else { return Ok(true) };
-            let image = processor.placeholders().image;
-            Ok(self.encoded(messages, false)?.iter().filter(|id| **id == image).count() == wanted)
-        };
-        // Templates of older checkpoints know texts alone.
-        let messages = match fits(&parts) {
-            Ok(true) => parts,
-            _ => self.messages(caption, false),
-        };
-        let ids: Vec<i64> = self.encoded(&messages, false)?.into_iter().map(i64::from).collect();
-        if let (Some(Processor::Qwen(_)), Some(start)) = (self.processor, self.tokenizer.token_id(TURN)) {
+        let Prompter { tokenizer, processor, .. } = self.prompter;
+        let messages = self.prompter.conversation(&caption.conversations, caption.images.len())?;
+        let encoded = |of, generation| self.prompter.encoded(of, generation);
+        let ids: Vec<i64> = encoded(&messages, false)?.into_iter().map(i64::from).collect();
+        if let (Some(Processor::Qwen(_)), Some(start)) = (processor, tokenizer.token_id(TURN)) {
             return Sample::from_last_turn(ids, i64::from(start));
         }
         let mut labels = vec![IGNORED; ids.len()];
         for n in (0..messages.len()).filter(|n| messages[*n].role == "assistant") {
             // What the turn adds behind its header.
-            let before = common(&self.encoded(&messages[..n], true)?, &ids);
-            let after = common(&self.encoded(&messages[..=n], false)?, &ids);
+            let before = common(&encoded(&messages[..n], true)?, &ids);
+            let after = common(&encoded(&messages[..=n], false)?, &ids);
             if before < after {
                 labels[before..after].copy_from_slice(&ids[before..after]);
             }
@@ -145,44 +153,9 @@ impl Reader<'_> {
         Sample::new(ids, labels)
     }
 
-    fn encoded(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
-        let options = RenderOptions { add_generation_prompt, ..RenderOptions::default() };
-        let text = self.template.render(messages, &options).map_err(nics_core::Error::from)?;
-        Ok(self.tokenizer.encode(&text, false).map_err(nics_core::Error::from)?)
-    }
-
-    /// Turns of a conversation. Images come first in the first turn of the one who asks.
-    fn messages(&self, caption: &Caption, as_parts: bool) -> Vec<Message> {
-        let marker = match self.processor {
-            Some(Processor::Qwen(_)) => "<|vision_start|><|image_pad|><|vision_end|>",
-            Some(Processor::InternVl(_)) => "<img><IMG_CONTEXT></img>\n",
-            _ => "<image>\n",
-        };
-        let mut images = caption.images.len();
-        let turn = |turn: &super::captions::Turn| {
-            let text = turn.value.replace(IMAGE, "").trim().to_owned();
-            let role = match turn.from {
-                Speaker::Human => "user",
-                Speaker::Gpt => "assistant",
-                Speaker::System => "system",
-            };
-            let shown = if turn.from == Speaker::Human { std::mem::take(&mut images) } else { 0 };
-            if shown == 0 {
-                return Message::new(role, text);
-            }
-            if !as_parts {
-                return Message::new(role, marker.repeat(shown) + &text);
-            }
-            let mut parts = vec![json!({"type": "image"}); shown];
-            parts.push(json!({"type": "text", "text": text}));
-            Message { content: Some(Content::Parts(parts)), ..Message::new(role, "") }
-        };
-        caption.conversations.iter().map(turn).collect()
-    }
-
     /// The side on which the model's samples are filled up.
     pub fn side(&self) -> Side {
-        match self.processor {
+        match self.prompter.processor {
             Some(Processor::Qwen(_)) => Side::Left,
             _ => Side::Right,
         }

@@ -1,6 +1,9 @@
 //! The `mbq` binary on tiny models that see.
 
+mod eval;
 mod kit;
+mod prepare;
 mod refusals;
+mod sensitivity;
 mod transformers;
 mod whole;

@@ -55,6 +55,12 @@ impl InternVlProcessor {
         })
     }
 
+    /// At most so many tiles of an image, at least 1.
+    pub(super) fn with_most_tiles(self, most: u32) -> Self {
+        let most = most.max(1);
+        Self { tiles: (self.tiles.0.min(most), most), ..self }
+    }
+
     pub(super) fn prepare(&self, media: &Media) -> Result<Prepared> {
         let frames = media.frames()?;
         let edge = self.edge;

@@ -62,6 +62,15 @@ impl Processor {
         Ok(processor)
     }
 
+    /// The same with at most so many tiles of an image, where images are cut into tiles of one size (InternVL2).
+    #[must_use]
+    pub fn with_most_tiles(self, most: u32) -> Self {
+        match self {
+            Self::InternVl(p) => Self::InternVl(p.with_most_tiles(most)),
+            other => other,
+        }
+    }
+
     /// Prepares everything that one prompt shows, in its order.
     ///
     /// # Errors
