@@ -24,6 +24,8 @@ pub struct CalibBatch {
     attention: Tensor,
     labels: Tensor,
     modalities: Vec<Modality>,
+    /// Positions in time, height and width, sample after sample; `None` when each is the place in its row.
+    planes: Option<Vec<[i64; 3]>>,
 }
 
 impl CalibBatch {
@@ -63,7 +65,7 @@ impl CalibBatch {
             shaped(&format!("the mask of modality {}", m.name), &m.mask, Kind::Bool)?;
         }
         let embeds = embeds.f_detach()?.f_to_kind(Kind::Float)?;
-        let batch = Self { embeds, attention, labels, modalities };
+        let batch = Self { embeds, attention, labels, modalities, planes: None };
         for sample in 0..samples {
             let x = batch.embeds.f_get(sample)?;
             if x.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
@@ -72,6 +74,22 @@ impl CalibBatch {
             }
         }
         Ok(batch)
+    }
+
+    /// The same samples at positions in time, height and width, one for each position of each sample, for models that place
+    /// images so.
+    ///
+    /// # Errors
+    /// Another number of them.
+    pub fn with_planes(self, planes: Vec<[i64; 3]>) -> Result<Self> {
+        let wanted = self.labels.numel();
+        if planes.len() != wanted {
+            return Err(Error::Input(format!(
+                "{} positions in space for {wanted} of all samples",
+                planes.len()
+            )));
+        }
+        Ok(Self { planes: Some(planes), ..self })
     }
 
     /// Samples.
@@ -135,6 +153,10 @@ impl CalibBatch {
         for m in &self.modalities {
             put(&m.name, &m.mask)?;
         }
+        if let Some(planes) = &self.planes {
+            let flat: Vec<i64> = planes.iter().flatten().copied().collect();
+            put("planes", &Tensor::f_from_slice(&flat)?)?;
+        }
         Ok(nics_base::hash::bytes(bytes))
     }
 }
@@ -165,8 +187,9 @@ impl Seats {
 /// The [`Seats`] of any samples of a batch.
 #[derive(Debug)]
 pub struct Seating {
-    /// Rotary rows of one sample.
+    /// Rotary rows: of one sample where all are placed alike, else of each.
     rope: Rope,
+    apart: bool,
     attention: Tensor,
     scale: f64,
 }
@@ -174,17 +197,35 @@ pub struct Seating {
 impl Seating {
     /// Of a batch in front of a decoder.
     pub fn of(decoder: &Decoder, batch: &CalibBatch) -> Result<Self> {
-        let one = Ragged::contiguous(&[(SeqId(0), 0, batch.positions() as usize)]);
+        let positions = batch.positions() as usize;
+        let rows = match &batch.planes {
+            None => Ragged::contiguous(&[(SeqId(0), 0, positions)]),
+            Some(planes) => {
+                let each: Vec<_> = (0..batch.samples()).map(|i| (SeqId(i as u64), 0, positions)).collect();
+                Ragged::contiguous(&each).with_planes(planes.clone())?
+            }
+        };
         let attention = batch.attention.shallow_clone();
-        Ok(Self { rope: decoder.rope(&one)?, attention, scale: decoder.scale() })
+        Ok(Self {
+            rope: decoder.rope(&rows)?,
+            apart: batch.planes.is_some(),
+            attention,
+            scale: decoder.scale(),
+        })
     }
 
     /// Of the samples `from` to `to`.
     pub fn seats(&self, from: i64, to: i64) -> Result<Seats> {
-        let positions = self.attention.size()[1] as usize;
-        let each: Vec<_> = (from..to).map(|i| (SeqId(i as u64), 0, positions)).collect();
-        let repeated = |t: &Tensor| t.f_repeat([to - from, 1]);
-        let rope = Rope { cos: repeated(&self.rope.cos)?, sin: repeated(&self.rope.sin)? };
+        let length = self.attention.size()[1];
+        let each: Vec<_> = (from..to).map(|i| (SeqId(i as u64), 0, length as usize)).collect();
+        let of = |t: &Tensor| {
+            if self.apart {
+                t.f_narrow(0, from * length, (to - from) * length)
+            } else {
+                t.f_repeat([to - from, 1])
+            }
+        };
+        let rope = Rope { cos: of(&self.rope.cos)?, sin: of(&self.rope.sin)? };
         let keys = self.attention.f_narrow(0, from, to - from)?;
         Ok(Seats { rows: Ragged::contiguous(&each), rope, mask: additive(&keys)?, scale: self.scale })
     }

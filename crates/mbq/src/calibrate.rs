@@ -273,7 +273,7 @@ impl Run<'_, '_> {
         for (l, weighing) in weighings.iter().enumerate() {
             let weights = LayerWeights::of(&mut self.decoder.layers[l])?;
             let operators = operators(&weights)?;
-            let ops = if let Some(ops) = sums.layer(l, self.names, &operators)? {
+            let ops = if let Some(ops) = sums.layer(l, self.names, &operators, self.config.search.grid)? {
                 if l + 1 < total {
                     float = self.pass(l, &weights, &chunks, &float)?;
                 }

@@ -22,6 +22,30 @@ pub enum Statistic {
     Duo,
 }
 
+/// Which positions the mean magnitude of a channel is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Over {
+    /// All of them, padding and prompts included, as published.
+    #[default]
+    All,
+    /// Those that errors are compared on, each by what an error on it weighs: answers and, `r` times, the other modalities.
+    Balanced,
+    /// Candidates of both kinds, those over all positions first.
+    Union,
+}
+
+impl Over {
+    /// The statistics that it takes, for one operator.
+    pub fn each(self) -> &'static [Self] {
+        match self {
+            Self::All => &[Self::All],
+            Self::Balanced => &[Self::Balanced],
+            Self::Union => &[Self::All, Self::Balanced],
+        }
+    }
+}
+
 /// The `k`-th exponent of a grid of `n`: `k / n`. 0, plain rounding, is among them; 1 is not.
 pub fn exponent(k: usize, n: usize) -> f64 {
     k as f64 / n as f64
@@ -31,6 +55,13 @@ pub fn exponent(k: usize, n: usize) -> f64 {
 pub fn magnitude(x: &Tensor) -> Result<Tensor> {
     let channels = last(x)?;
     Ok(x.f_abs()?.f_reshape([-1, channels])?.f_mean_dim(0i64, false, Kind::Float)?)
+}
+
+/// The mean magnitude of each channel over rows of different weight, `[rows, channels]` with float32 `[rows]` to the sum of the
+/// weighed magnitudes, float64 `[channels]`, and that of the weights.
+pub fn weighed_magnitude(x: &Tensor, weights: &Tensor) -> Result<(Tensor, f64)> {
+    let sum = weights.f_unsqueeze(0)?.f_matmul(&x.f_to_kind(Kind::Float)?.f_abs()?)?.f_squeeze_dim(0)?;
+    Ok((sum.f_to_kind(Kind::Double)?, weights.f_sum(Kind::Double)?.f_double_value(&[])?))
 }
 
 fn last(x: &Tensor) -> Result<i64> {

@@ -78,6 +78,21 @@ impl Balance {
         Ok(Self { parts })
     }
 
+    /// What an error on each row of samples `from` to `to` weighs, float32 `[rows]`; 0 where none is compared. `None` when all
+    /// rows count alike.
+    pub fn weights(&self, from: i64, to: i64) -> Result<Option<Tensor>> {
+        let mut sum: Option<Tensor> = None;
+        for part in &self.parts {
+            let mask = part.mask.f_narrow(0, from, to - from)?.f_reshape([-1])?.f_to_kind(Kind::Float)?;
+            let own = mask.f_mul_scalar(part.weight)?;
+            sum = Some(match sum {
+                None => own,
+                Some(sum) => sum.f_add(&own)?,
+            });
+        }
+        Ok(sum)
+    }
+
     /// The rows of samples `from` to `to` that each part compares: `None` for all of them. Indices are int64.
     fn rows(&self, from: i64, to: i64) -> Result<Option<Vec<Tensor>>> {
         if self.parts.is_empty() {

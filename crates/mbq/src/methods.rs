@@ -89,12 +89,16 @@ impl Method for Rtn {
 pub struct Mbq {
     /// Search and balance.
     pub config: CalibConfig,
+    /// Clipping behind the search; the published method has none.
+    #[serde(default)]
+    pub clip: Option<ClipConfig>,
 }
 
 impl Mbq {
     /// The published settings: mean absolute error, balanced by sensitivity.
     pub fn new(spec: QuantSpec) -> Self {
-        Self { config: CalibConfig { search: SearchConfig::new(spec), balance: BalanceMode::Auto } }
+        let config = CalibConfig { search: SearchConfig::new(spec), balance: BalanceMode::Auto };
+        Self { config, clip: None }
     }
 }
 
@@ -109,8 +113,13 @@ impl Method for Mbq {
 
     fn quantize(&self, decoder: &mut Decoder, mut task: Task) -> Result<Quantized> {
         let batch = task.batch("mbq")?;
+        check_clip(self.clip.as_ref(), &self.spec())?;
+        let together = together(decoder, batch, &task.running)?;
         let scales = calibrate(decoder, task.names, batch, &self.config, task.origin, &mut task.running)?;
         fold_scales(decoder, task.names, &scales.layers)?;
+        if let Some(clip) = &self.clip {
+            clip_layers(decoder, batch, &self.spec(), clip, together)?;
+        }
         let rounded = round(decoder, task.names, &self.spec())?;
         Ok(Quantized { rounded, scales: Some(scales) })
     }
@@ -150,13 +159,7 @@ impl Method for Awq {
 
     fn quantize(&self, decoder: &mut Decoder, mut task: Task) -> Result<Quantized> {
         let batch = task.batch("awq")?;
-        if self.clip.is_some() && self.spec.act_bits.is_some() {
-            return Err(Error::Setting {
-                field: "clip",
-                found: "set with rounded activations".into(),
-                expected: "weights alone to be rounded",
-            });
-        }
+        check_clip(self.clip.as_ref(), &self.spec)?;
         let mut search = SearchConfig::new(self.spec);
         (search.loss, search.statistic) = (LossKind::Mse, self.statistic);
         let config = CalibConfig { search, balance: BalanceMode::Off };
@@ -169,6 +172,19 @@ impl Method for Awq {
         let rounded = round(decoder, task.names, &self.spec)?;
         Ok(Quantized { rounded, scales: Some(scales) })
     }
+}
+
+/// # Errors
+/// Clipping where activations are rounded too.
+fn check_clip(clip: Option<&ClipConfig>, spec: &QuantSpec) -> Result<()> {
+    if clip.is_some() && spec.act_bits.is_some() {
+        return Err(Error::Setting {
+            field: "clip",
+            found: "set with rounded activations".into(),
+            expected: "weights alone to be rounded",
+        });
+    }
+    Ok(())
 }
 
 /// Samples that run together.

@@ -106,7 +106,14 @@ impl Sums {
     }
 
     /// The scales of a layer, when it was searched.
-    pub fn layer(&self, l: usize, names: &Names, ops: &[Operator]) -> Result<Option<Vec<OpScale>>> {
+    /// `grid` is the number of exponents.
+    pub fn layer(
+        &self,
+        l: usize,
+        names: &Names,
+        ops: &[Operator],
+        grid: usize,
+    ) -> Result<Option<Vec<OpScale>>> {
         let Some(&n) = self.position.layers.get(l) else { return Ok(None) };
         if n != ops.len() {
             return Err(Error::Input(format!(
@@ -129,7 +136,7 @@ impl Sums {
             found.push(OpScale {
                 previous: names.previous(l, op),
                 linears: names.linears(l, op),
-                exponent: candidates::exponent(k, losses.len()),
+                exponent: candidates::exponent(k % grid.max(1), grid.max(1)),
                 scales: need("scales")?,
                 statistic: need("statistic")?,
                 losses,

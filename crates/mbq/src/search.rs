@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::batch::Seats;
-use crate::candidates::{Statistic, candidates, column_magnitude, exponent, magnitude};
+use crate::candidates::{
+    Over, Statistic, candidates, column_magnitude, exponent, magnitude, weighed_magnitude,
+};
 use crate::fold::{fold, scaled_columns};
 use crate::layer::{LayerWeights, Parts, Weights, projection};
 use crate::loss::{Balance, LossKind, Losses, Piece, best};
@@ -34,6 +36,9 @@ pub struct SearchConfig {
     pub grid: usize,
     /// What candidates are made from.
     pub statistic: Statistic,
+    /// Which positions that is measured over.
+    #[serde(default)]
+    pub over: Over,
     /// Whether candidates see what the layers before have become.
     pub distort: bool,
 }
@@ -46,8 +51,14 @@ impl SearchConfig {
             loss: LossKind::Mae,
             grid: crate::candidates::GRID,
             statistic: Statistic::Activation,
+            over: Over::All,
             distort: false,
         }
+    }
+
+    /// Candidates of one operator.
+    pub fn candidates(&self) -> usize {
+        self.grid * self.over.each().len()
     }
 
     /// # Errors
@@ -73,9 +84,9 @@ pub struct OpScale {
     pub exponent: f64,
     /// Float32 `[in]`.
     pub scales: Tensor,
-    /// Mean magnitude of each input channel, float32 `[in]`.
+    /// Mean magnitude of each input channel that the candidate was made from, float32 `[in]`.
     pub statistic: Tensor,
-    /// Loss of each exponent.
+    /// Loss of each candidate: of each exponent, and with [`Over::Union`] of each once more.
     pub losses: Vec<f64>,
     /// By how much, relative to the least loss, the next one is above it.
     pub margin: f64,
@@ -112,6 +123,16 @@ impl<'a> Candidates<'a> {
         config: &SearchConfig,
         magnitude: &Tensor,
     ) -> Result<Self> {
+        Self::of_each(op, weights, config, std::slice::from_ref(magnitude))
+    }
+
+    /// The candidates of several statistics, one grid behind the other.
+    pub fn of_each(
+        op: Operator,
+        weights: &'a LayerWeights,
+        config: &SearchConfig,
+        magnitudes: &[Tensor],
+    ) -> Result<Self> {
         let columns = match config.statistic {
             Statistic::Activation => None,
             Statistic::Duo => {
@@ -121,7 +142,10 @@ impl<'a> Candidates<'a> {
                 Some(column_magnitude(&all, group)?)
             }
         };
-        let scales = candidates(magnitude, columns.as_ref(), config.grid)?;
+        let mut scales = Vec::with_capacity(config.candidates());
+        for magnitude in magnitudes {
+            scales.extend(candidates(magnitude, columns.as_ref(), config.grid)?);
+        }
         Ok(Self { op, spec: config.spec, scales, weights })
     }
 
@@ -207,16 +231,45 @@ impl Recorded {
 }
 
 /// The mean magnitude of one operator's input. Samples may come in pieces, whose means are weighed in float64; of one piece
-/// it is [`magnitude`] to the bit.
+/// over all positions it is [`magnitude`] to the bit.
 #[derive(Default)]
 struct Magnitude {
+    /// Over all positions: means, and how many rows each is over.
     pieces: Vec<(Tensor, i64)>,
+    /// Over those that are compared: weighed sums, and the weights.
+    weighed: Vec<(Tensor, f64)>,
 }
 
 impl Magnitude {
-    fn add(&mut self, x: &Tensor) -> Result<()> {
-        self.pieces.push((magnitude(x)?, x.size()[0]));
+    fn add(&mut self, over: Over, x: &Tensor, chunk: &Chunk, balance: &Balance) -> Result<()> {
+        let weights = balance.weights(chunk.from, chunk.to)?;
+        for one in over.each() {
+            match (one, &weights) {
+                (Over::Balanced, Some(weights)) => self.weighed.push(weighed_magnitude(x, weights)?),
+                // Nothing is balanced, and all positions are there already.
+                (Over::Balanced, None) if over == Over::Union => {}
+                _ => self.pieces.push((magnitude(x)?, x.size()[0])),
+            }
+        }
         Ok(())
+    }
+
+    /// One for each statistic that was asked for.
+    fn means(&self, over: Over) -> Result<Vec<Tensor>> {
+        let each = over.each().iter().map(|over| match over {
+            Over::Balanced if !self.weighed.is_empty() => self.balanced(),
+            _ => self.mean(),
+        });
+        each.collect()
+    }
+
+    fn balanced(&self) -> Result<Tensor> {
+        let weights: f64 = self.weighed.iter().map(|(_, w)| w).sum();
+        let mut sum = self.weighed[0].0.shallow_clone();
+        for (piece, _) in &self.weighed[1..] {
+            sum = sum.f_add(piece)?;
+        }
+        Ok(sum.f_div_scalar(weights)?.f_to_kind(Kind::Float)?)
     }
 
     fn mean(&self) -> Result<Tensor> {
@@ -310,7 +363,12 @@ impl LayerSearch<'_> {
                 let recorded = record(layer, &chunk, rounded.as_mut())?;
                 for (op, magnitude) in ops.iter().zip(&mut magnitudes) {
                     self.check(&chunk, op, recorded.input(op))?;
-                    magnitude.add(recorded.input(op))?;
+                    magnitude.add(
+                        self.config.over,
+                        recorded.input(op),
+                        &chunk,
+                        self.weighing.of(op.branch),
+                    )?;
                 }
                 if stage == 0 {
                     outputs.push(recorded.float.output.shallow_clone());
@@ -320,10 +378,11 @@ impl LayerSearch<'_> {
             }
             let mut judged = Vec::with_capacity(ops.len());
             for (op, magnitude) in ops.iter().zip(&magnitudes) {
-                let statistic = magnitude.mean()?;
-                let candidates = Candidates::new(*op, self.weights, self.config, &statistic)?;
-                let losses = Losses::new(self.config.loss, self.weighing.of(op.branch), self.config.grid);
-                judged.push((statistic, candidates, losses));
+                let statistics = magnitude.means(self.config.over)?;
+                let candidates = Candidates::of_each(*op, self.weights, self.config, &statistics)?;
+                let losses =
+                    Losses::new(self.config.loss, self.weighing.of(op.branch), self.config.candidates());
+                judged.push((statistics, candidates, losses));
             }
             for n in 0..chunks {
                 let (chunk, recorded) = if let Some(kept) = kept.take() {
@@ -338,8 +397,8 @@ impl LayerSearch<'_> {
                     candidates.judge(losses, &piece, layer, &chunk.seats, recorded.input(op))?;
                 }
             }
-            for (op, (statistic, candidates, losses)) in ops.iter().zip(judged) {
-                let one = self.choose(op, statistic, &candidates, losses.finish())?;
+            for (op, (statistics, candidates, losses)) in ops.iter().zip(judged) {
+                let one = self.choose(op, &statistics, &candidates, losses.finish())?;
                 fold(&mut folded, op, &one.scales)?;
                 found.push(one);
             }
@@ -350,7 +409,7 @@ impl LayerSearch<'_> {
     fn choose(
         &self,
         op: &Operator,
-        statistic: Tensor,
+        statistics: &[Tensor],
         candidates: &Candidates,
         losses: Vec<f64>,
     ) -> Result<OpScale> {
@@ -361,9 +420,9 @@ impl LayerSearch<'_> {
         Ok(OpScale {
             previous: self.names.previous(self.layer, op),
             linears,
-            exponent: exponent(k, losses.len()),
+            exponent: exponent(k % self.config.grid, self.config.grid),
             scales: candidates.scales(k).shallow_clone(),
-            statistic,
+            statistic: statistics[k / self.config.grid].shallow_clone(),
             losses,
             margin,
         })

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use mbq::QuantSpec;
 use mbq::artefact::{REPORT, SCALES};
 use mbq::calibrate::{BalanceMode, CalibConfig, Progress as At, Running, Stage, calibrate};
-use mbq::candidates::{GRID, Statistic};
+use mbq::candidates::{GRID, Over, Statistic};
 use mbq::loss::LossKind;
 use mbq::operators::check_groups;
 use mbq::search::SearchConfig;
@@ -56,6 +56,22 @@ pub struct SearchArgs {
     /// Exponents that are tried
     #[arg(long, value_name = "N", default_value_t = GRID, value_parser = at_least_one)]
     grid: usize,
+    /// Which positions the magnitude of a channel is measured over: all, as published, or balanced (answers, and images as often
+    /// as errors on them weigh)
+    #[arg(long, value_enum, default_value_t = ActStat::All)]
+    act_stat: ActStat,
+    /// Try the exponents on both statistics
+    #[arg(long, conflicts_with = "act_stat")]
+    stat_union: bool,
+}
+
+/// What a channel's magnitude is measured over.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ActStat {
+    /// All positions, padding and prompts included
+    All,
+    /// The positions that errors are compared on, by what they weigh
+    Balanced,
 }
 
 /// The norm of errors.
@@ -89,6 +105,11 @@ impl SearchArgs {
             },
             grid: self.grid,
             statistic: Statistic::Activation,
+            over: match (self.stat_union, self.act_stat) {
+                (true, _) => Over::Union,
+                (false, ActStat::All) => Over::All,
+                (false, ActStat::Balanced) => Over::Balanced,
+            },
             distort: self.distort,
         };
         CalibConfig { search, balance: self.balance }

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use mbq::batch::CalibBatch;
 use mbq::data::captions::{read, with_images_of};
 use mbq::data::collate::Side;
-use mbq::data::conversation::{Embedded, Reader, batched, joined};
+use mbq::data::conversation::{Embedded, Numbering, Reader, batched, batched_as, joined};
 use mbq::data::format::{Format, blocks};
 use mbq::data::order::{picks, shuffled};
 use mbq::language::Language;
@@ -49,9 +49,31 @@ pub struct DataArgs {
     /// Seed of the order of samples; 42 picks those of the published calibrations
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
+    /// How positions are numbered: one after the other, as in published calibrations, or in time, height and width where the model
+    /// places images so (Qwen2-VL)
+    #[arg(long, value_enum, default_value_t = Positions::Sequential)]
+    positions: Positions,
     /// Take the items of --data as they stand, as `mbq prepare-data` has put them, rather than in the seed's order
     #[arg(long)]
     in_order: bool,
+}
+
+/// How positions are numbered.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Positions {
+    /// One after the other, padding included
+    Sequential,
+    /// As the model does
+    Multimodal,
+}
+
+impl From<Positions> for Numbering {
+    fn from(p: Positions) -> Self {
+        match p {
+            Positions::Sequential => Self::Sequential,
+            Positions::Multimodal => Self::Multimodal,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -96,7 +118,7 @@ impl DataArgs {
         } else {
             Vec::new()
         };
-        Ok(batched(&joined(&samples, self.format, &texts)?, reader.side())?)
+        Ok(batched_as(&joined(&samples, self.format, &texts)?, reader.side(), self.positions.into())?)
     }
 
     fn documents(&self, path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<i64>>> {

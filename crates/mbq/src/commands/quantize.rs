@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use mbq::apply::{Rounded, fold_scales, round};
 use mbq::artefact::Scales;
 use mbq::calibrate::Running;
+use mbq::clip::ClipConfig;
 use mbq::export::{Layout, export};
 use mbq::gptq::GptqConfig;
 use mbq::methods::{Awq, Gptq, Mbq, Method, Rtn, SmoothQuant, Task};
@@ -33,6 +34,9 @@ pub struct Quantize {
     /// How to quantize
     #[arg(long, value_enum, default_value_t = Name::Mbq)]
     method: Name,
+    /// MBQ and AWQ: shrink the range of each group of weights behind the search, as long as its output comes out better
+    #[arg(long, conflicts_with = "scales")]
+    clip: bool,
     /// SmoothQuant: how much goes from activations to weights, 0 to 1
     #[arg(long, value_name = "A", default_value_t = 0.5)]
     alpha: f64,
@@ -72,8 +76,10 @@ impl Quantize {
     fn method(&self) -> Box<dyn Method> {
         let spec = self.search.quant;
         match self.method {
-            Name::Mbq => Box::new(Mbq { config: self.search.config() }),
-            Name::Awq => Box::new(Awq::new(spec)),
+            Name::Mbq => {
+                Box::new(Mbq { config: self.search.config(), clip: self.clip.then(ClipConfig::default) })
+            }
+            Name::Awq => Box::new(Awq { clip: self.clip.then(ClipConfig::default), ..Awq::new(spec) }),
             Name::AwqFull => Box::new(Awq::full(spec)),
             Name::Gptq => Box::new(Gptq { config: GptqConfig::new(spec.bits, spec.group) }),
             Name::Smoothquant => Box::new(SmoothQuant { spec, alpha: self.alpha }),
@@ -84,6 +90,9 @@ impl Quantize {
     pub fn run(self, quiet: bool) -> Result<()> {
         if self.out.symlink_metadata().is_ok() {
             bail!("{} is there already; choose a folder that does not exist", self.out.display());
+        }
+        if self.clip && !matches!(self.method, Name::Mbq | Name::Awq | Name::AwqFull) {
+            return Err(Usage("--clip goes with --method mbq and awq".into()).into());
         }
         if self.method == Name::Gptq && self.search.quant.act_bits.is_some() {
             return Err(Usage("--method gptq rounds weights alone; give e.g. --quant w3g128".into()).into());

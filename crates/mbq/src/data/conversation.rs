@@ -36,16 +36,24 @@ pub struct Embedded {
     pub labels: Vec<i64>,
     /// One a position.
     pub kinds: Vec<TokenKind>,
+    /// Where the positions are in time, height and width, for a model that places images so; one a position.
+    pub planes: Option<Vec<[i64; 3]>>,
 }
 
 impl Embedded {
     /// Text that is to be predicted in full.
     pub fn text(model: &Language, ids: &[i64]) -> Result<Self> {
-        Ok(Self { embeds: model.embed(ids)?, labels: ids.to_vec(), kinds: vec![TokenKind::Text; ids.len()] })
+        let kinds = vec![TokenKind::Text; ids.len()];
+        Ok(Self { embeds: model.embed(ids)?, labels: ids.to_vec(), kinds, planes: None })
     }
 
     fn positions(&self) -> usize {
         self.labels.len()
+    }
+
+    /// Places in time, height and width; those of text alone are its numbers.
+    fn planes_or_places(&self) -> Vec<[i64; 3]> {
+        self.planes.clone().unwrap_or_else(|| (0..self.positions() as i64).map(|p| [p; 3]).collect())
     }
 }
 
@@ -90,11 +98,14 @@ impl Reader<'_> {
 
     fn embedded(&self, caption: &Caption, model: &Language) -> Result<Embedded> {
         let Prompted { ids, labels, kinds, shown } = self.prompted(caption)?;
-        let embeds = match shown {
-            Some(prompt) => model.vlm()?.embed_prompt(&prompt)?.embeddings,
-            None => model.embed(&ids)?,
+        let (embeds, planes) = match shown {
+            Some(prompt) => {
+                let embedded = model.vlm()?.embed_prompt(&prompt)?;
+                (embedded.embeddings, embedded.rotary.map(|r| r.planes))
+            }
+            None => (model.embed(&ids)?, None),
         };
-        Ok(Embedded { embeds, labels, kinds })
+        Ok(Embedded { embeds, labels, kinds, planes })
     }
 
     fn prompted(&self, caption: &Caption) -> Result<Prompted> {
@@ -185,9 +196,58 @@ pub fn joined(samples: &[Embedded], format: Format, texts: &[Embedded]) -> Resul
             embeds: Tensor::f_cat(&embeds, 0)?,
             labels: group.iter().flat_map(|e| e.labels.clone()).collect(),
             kinds: group.iter().flat_map(|e| e.kinds.clone()).collect(),
+            planes: behind_each_other(&group),
         })
     };
     pieces(samples.len(), format, texts.len())?.into_iter().map(of).collect()
+}
+
+/// Places in time, height and width of samples behind each other: each begins behind the largest number so far.
+fn behind_each_other(group: &[&Embedded]) -> Option<Vec<[i64; 3]>> {
+    if group.iter().all(|e| e.planes.is_none()) {
+        return None;
+    }
+    let (mut all, mut next) = (Vec::new(), 0);
+    for e in group {
+        let own = e.planes_or_places();
+        let last = own.iter().flatten().max().copied().unwrap_or(-1);
+        all.extend(own.into_iter().map(|plane| plane.map(|p| p + next)));
+        next += last + 1;
+    }
+    Some(all)
+}
+
+/// How the positions of samples are numbered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Numbering {
+    /// One after the other along the row, padding included, as in published calibrations.
+    #[default]
+    Sequential,
+    /// As the model places images in time, height and width, where it does (Qwen2-VL).
+    Multimodal,
+}
+
+/// [`batched`], with positions as the model numbers them.
+///
+/// # Errors
+/// No sample.
+pub fn batched_as(samples: &[Embedded], side: Side, numbering: Numbering) -> Result<CalibBatch> {
+    let batch = batched(samples, side)?;
+    if numbering == Numbering::Sequential || samples.iter().all(|s| s.planes.is_none()) {
+        return Ok(batch);
+    }
+    let longest = batch.positions() as usize;
+    let mut planes = Vec::with_capacity(samples.len() * longest);
+    for sample in samples {
+        let own = sample.planes_or_places();
+        // Nobody attends to padding.
+        let fill = std::iter::repeat_n([0; 3], longest - own.len());
+        match side {
+            Side::Left => planes.extend(fill.chain(own)),
+            Side::Right => planes.extend(own.into_iter().chain(fill)),
+        }
+    }
+    batch.with_planes(planes)
 }
 
 /// Samples filled up to the longest, as a batch with the modalities `image` and `video`.
