@@ -2,6 +2,7 @@
 //!
 //! - [`adding_ring`]: lines of digits, each made from the one before it, and the first to be recalled at the end.
 //! - [`ring`]: arithmetic modulo a number, worked in words that have synonyms, generated without end from a seed.
+//! - [`symbol_grid`]: pictures of noisy symbols, of which a row or column is to be read, generated without end from a seed.
 //! - [`word_problems`]: bilingual arithmetic word problems with worked steps, generated without end from a seed.
 //! - [`Benchmark`]: MMLU, C-Eval and CMMLU as [`Choice`]s.
 //! - [`Reasoning`]: AIME, GPQA, MMLU-Pro and MMLU-Redux.
@@ -32,6 +33,7 @@ pub mod live_code_bench;
 mod pictures;
 mod reasoning;
 pub mod ring;
+pub mod symbol_grid;
 mod table;
 mod visual;
 pub mod word_problems;
