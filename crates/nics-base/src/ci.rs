@@ -49,6 +49,91 @@ pub fn bootstrap_mean(values: &[f64], resamples: usize, seed: u64) -> Option<[f6
     Some([quantile(&means, 0.025), quantile(&means, 0.975)])
 }
 
+/// A figure with its 95 % interval.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// The figure.
+    pub value: f64,
+    /// Its interval, low and high.
+    pub interval: [f64; 2],
+}
+
+/// A value for each item of each group, e.g. for each text of each seed.
+pub type Grouped = Vec<Vec<f64>>;
+
+/// What is drawn in a bootstrap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drawn {
+    /// Items of each group: the interval is for these groups.
+    Items,
+    /// Groups, and items of each: the interval is for groups like these.
+    GroupsAndItems,
+}
+
+/// How often each item of each group counts in one sample of a bootstrap.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weights(Grouped);
+
+impl Weights {
+    /// A mean over groups of means over items, each item counted so often.
+    pub fn mean(&self, values: &Grouped) -> f64 {
+        let one = |(values, weights): (&Vec<f64>, &Vec<f64>)| {
+            let sum: f64 = values.iter().zip(weights).map(|(v, w)| v * w).sum();
+            sum / weights.len().max(1) as f64
+        };
+        values.iter().zip(&self.0).map(one).sum::<f64>() / values.len().max(1) as f64
+    }
+}
+
+/// The samples of a bootstrap over grouped items, drawn once, so that everything that is estimated with them is compared on
+/// the same items: differences are paired.
+///
+/// ```
+/// use nics_base::ci::{Drawn, Draws};
+///
+/// let draws = Draws::new(&[4, 4], Drawn::Items, 1000, 0);
+/// let (a, b) = (vec![vec![1.0, 2.0, 3.0, 4.0]; 2], vec![vec![0.5, 1.5, 2.5, 3.5]; 2]);
+/// let difference = draws.estimate(|w| w.mean(&a) - w.mean(&b));
+/// assert_eq!(difference.interval, [0.5, 0.5]);
+/// ```
+#[derive(Debug, Clone)]
+pub struct Draws(Vec<Weights>);
+
+impl Draws {
+    /// So many samples of groups of so many items. The same seed gives the same samples on every machine.
+    pub fn new(items: &[usize], drawn: Drawn, resamples: usize, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut below = |n: usize| rng.random_range(0..n as u64) as usize;
+        let mut draw = || {
+            let mut counts: Grouped = items.iter().map(|&n| vec![0.0; n]).collect();
+            for i in 0..items.len() {
+                let group = match drawn {
+                    Drawn::Items => i,
+                    Drawn::GroupsAndItems => below(items.len()),
+                };
+                for _ in 0..items[group] {
+                    counts[group][below(items[group])] += 1.0;
+                }
+            }
+            Weights(counts)
+        };
+        let whole = Weights(items.iter().map(|&n| vec![1.0; n]).collect());
+        Self(std::iter::once(whole).chain((0..resamples).map(|_| draw())).collect())
+    }
+
+    /// A figure on all items once, with its percentile interval (Efron, 1979).
+    pub fn estimate(&self, of: impl Fn(&Weights) -> f64) -> Estimate {
+        let all: Vec<f64> = self.0.iter().map(of).collect();
+        let mut samples = all[1..].to_vec();
+        samples.sort_by(f64::total_cmp);
+        let at = |q: f64| {
+            let last = samples.len().max(1) - 1;
+            samples.get((q * last as f64).round() as usize).copied().unwrap_or(all[0])
+        };
+        Estimate { value: all[0], interval: [at(0.025), at(0.975)] }
+    }
+}
+
 /// Linear interpolation between the two nearest of the sorted values.
 fn quantile(sorted: &[f64], q: f64) -> f64 {
     let at = q * (sorted.len() - 1) as f64;
@@ -98,6 +183,22 @@ mod tests {
         let values = [1.0, 5.0, 2.5, 9.0, 3.0];
         assert_eq!(bootstrap_mean(&values, 200, 3), bootstrap_mean(&values, 200, 3));
         assert_ne!(bootstrap_mean(&values, 200, 3), bootstrap_mean(&values, 200, 4));
+    }
+
+    #[test]
+    fn grouped_draws_know_what_varies() {
+        // Groups differ and items within them hardly do: only drawing groups sees that.
+        let values: Grouped =
+            (0..10).map(|g| (0..50).map(|i| f64::from(g) + f64::from(i % 2)).collect()).collect();
+        let width = |drawn| {
+            let found = Draws::new(&[50; 10], drawn, 2000, 1).estimate(|w| w.mean(&values));
+            assert!((found.value - 5.0).abs() < 1e-9);
+            assert!(found.interval[0] <= found.value && found.value <= found.interval[1]);
+            found.interval[1] - found.interval[0]
+        };
+        // Standard errors: 0.5 / sqrt(500) of items, 2.872 / sqrt(10) of groups.
+        assert!((width(Drawn::Items) - 2.0 * Z * 0.02236).abs() < 0.01);
+        assert!((width(Drawn::GroupsAndItems) - 2.0 * Z * 0.9083).abs() < 0.3);
     }
 
     #[test]

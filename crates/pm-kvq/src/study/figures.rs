@@ -3,10 +3,9 @@
 //! Intervals are percentile bootstraps (Efron, 1979) over the texts of each seed, drawn alike for everything that is
 //! compared. They say how sure the figures are for these models; how much models differ shows in the rows of each seed.
 
+use nics_base::ci::{Drawn, Draws, Estimate, Grouped};
 use nics_base::row::Row;
 use nics_datasets::adding_ring::{DIGITS, LINE_TOKENS, TOKENS};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 use super::evaluate::paired;
 use super::variants::{kivi_name, pm, pm_pages, rtn};
@@ -29,15 +28,6 @@ pub struct About {
     pub preset: String,
     /// The models.
     pub model: String,
-}
-
-/// A figure with its interval.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Estimate {
-    /// The figure.
-    pub value: f64,
-    /// Its 95 % interval.
-    pub interval: [f64; 2],
 }
 
 /// What a difference has to be.
@@ -91,57 +81,16 @@ impl Claims {
     }
 }
 
-/// A value for each text of each seed.
-type Values = Vec<Vec<f64>>;
-
-/// A mean over seeds of means over texts, each text counted so often.
-fn mean(values: &Values, weights: &Values) -> f64 {
-    let one = |(values, weights): (&Vec<f64>, &Vec<f64>)| {
-        values.iter().zip(weights).map(|(v, w)| v * w).sum::<f64>() / weights.iter().sum::<f64>().max(1.0)
-    };
-    values.iter().zip(weights).map(one).sum::<f64>() / values.len().max(1) as f64
-}
-
-/// How often each text of each seed counts in each sample of the bootstrap; the first counts each once.
-struct Draws(Vec<Values>);
-
-impl Draws {
-    fn new(texts: &[usize]) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let mut draw = || -> Values {
-            let one = |&n: &usize| {
-                let mut counts = vec![0.0; n];
-                for _ in 0..n {
-                    counts[rng.random_range(0..n as u64) as usize] += 1.0;
-                }
-                counts
-            };
-            texts.iter().map(one).collect()
-        };
-        let whole = texts.iter().map(|&n| vec![1.0; n]).collect();
-        Self(std::iter::once(whole).chain((0..RESAMPLES).map(|_| draw())).collect())
-    }
-
-    /// A figure of values, with its interval.
-    fn estimate(&self, of: impl Fn(&Values) -> f64) -> Estimate {
-        let all: Vec<f64> = self.0.iter().map(of).collect();
-        let mut samples = all[1..].to_vec();
-        samples.sort_by(f64::total_cmp);
-        let at = |q: f64| samples[(q * (samples.len() - 1) as f64).round() as usize];
-        Estimate { value: all[0], interval: [at(0.025), at(0.975)] }
-    }
-}
-
 /// Texts whose first `tokens` tokens are right.
-fn prefix(points: &[&Point], tokens: usize) -> Values {
+fn prefix(points: &[&Point], tokens: usize) -> Grouped {
     points.iter().map(|p| p.prefix.iter().map(|n| f64::from(u8::from(*n >= tokens))).collect()).collect()
 }
 
-fn token_accuracy(points: &[&Point]) -> Values {
+fn token_accuracy(points: &[&Point]) -> Grouped {
     points.iter().map(|p| p.tokens.iter().map(|n| *n as f64 / WRITTEN as f64).collect()).collect()
 }
 
-fn recalled(points: &[&Point]) -> Values {
+fn recalled(points: &[&Point]) -> Grouped {
     points.iter().map(|p| p.recalled.iter().map(|n| f64::from(u8::from(*n == DIGITS))).collect()).collect()
 }
 
@@ -162,7 +111,8 @@ pub fn figures(study: &Study, about: &About, seeds: &[(u64, Vec<Point>)]) -> Res
         return Err(Error::Input("there are no seeds".into()));
     }
     let texts = vec![study.evaluation.sequences; seeds.len()];
-    let mut maker = Maker { about, seeds, draws: Draws::new(&texts), rows: Vec::new() };
+    let mut maker =
+        Maker { about, seeds, draws: Draws::new(&texts, Drawn::Items, RESAMPLES, 0), rows: Vec::new() };
     // Budgets that do not exist have no points, whatever the seed.
     let is_measured = |v: &&Variant| {
         seeds.iter().any(|(_, points)| points.iter().any(|p| p.key() == (v.name.as_str(), v.weights)))
@@ -216,8 +166,8 @@ impl Maker<'_> {
         }
     }
 
-    fn push(&mut self, metric: String, values: &Values, row: Row) {
-        let estimate = self.draws.estimate(|w| mean(values, w));
+    fn push(&mut self, metric: String, values: &Grouped, row: Row) {
+        let estimate = self.draws.estimate(|w| w.mean(values));
         self.rows.push(Row {
             metric,
             value: estimate.value,
@@ -271,7 +221,7 @@ impl Maker<'_> {
             self.rows.push(Row { metric: metric.into(), value, unit: "bytes".into(), ..self.row(variant) });
         }
         for (i, (seed, _)) in self.seeds.iter().enumerate() {
-            let one = |values: Values| mean(&vec![values[i].clone()], &vec![vec![1.0; values[i].len()]]);
+            let one = |values: Grouped| values[i].iter().sum::<f64>() / values[i].len().max(1) as f64;
             for (metric, value) in [
                 (WHOLE, one(prefix(&points, WRITTEN))),
                 (TOKEN, one(token_accuracy(&points))),
@@ -294,8 +244,8 @@ impl Maker<'_> {
     fn claims(&mut self) -> Result<Claims> {
         let of = |name: &str| paired(self.seeds, name, Weights::Plain);
         let mut differences = Vec::new();
-        let mut add = |name: String, a: &Values, b: &Values, claim: Claim| {
-            let estimate = self.draws.estimate(|w| mean(a, w) - mean(b, w));
+        let mut add = |name: String, a: &Grouped, b: &Grouped, claim: Claim| {
+            let estimate = self.draws.estimate(|w| w.mean(a) - w.mean(b));
             differences.push(Difference { name, estimate, claim });
         };
         for bits in [2, 4] {

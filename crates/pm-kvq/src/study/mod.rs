@@ -18,7 +18,7 @@ mod settings;
 mod variants;
 
 pub use evaluate::{Inputs, Output, Report, evaluate};
-pub use figures::{About, Claim, Claims, Difference, Estimate, figures};
+pub use figures::{About, Claim, Claims, Difference, figures};
 pub use model::{Basis, SCALES_AT, Subject, Weights};
 pub use point::{POINTS_FILE, Point};
 pub use settings::Study;
