@@ -25,7 +25,7 @@
 //! | `trainer` | [`Trainer`]: the loop |
 //! | `adamw`, `clip`, `schedule` | the optimiser's parts, each after torch or transformers |
 //! | `loss` | [`masked_cross_entropy`] |
-//! | `scratch` | [`from_scratch`], [`store`]: the weights that a decoder begins with, and its checkpoint |
+//! | `scratch` | [`from_scratch`], [`vlm_from_scratch`], [`store`]: the weights that a model begins with, and its checkpoint |
 //! | `state`, `log` | `state.safetensors` and `metrics.jsonl` in the run's folder |
 
 mod adamw;
@@ -46,6 +46,6 @@ pub use error::{Result, TrainError};
 pub use log::{EvalRow, LogRow, StepRow};
 pub use loss::{IGNORED, Loss, masked_cross_entropy};
 pub use schedule::Schedule;
-pub use scratch::{TRAINING_FILE, from_scratch, is_stored, store};
+pub use scratch::{TRAINING_FILE, from_scratch, is_stored, store, vlm_from_scratch};
 pub use state::STATE_FILE;
 pub use trainer::{Hooks, METRICS_FILE, Micro, Progress, Summary, Trainer};

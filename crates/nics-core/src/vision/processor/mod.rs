@@ -5,7 +5,7 @@ mod internvl;
 mod onevision;
 mod qwen;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub use clip::ClipProcessor;
 pub use internvl::InternVlProcessor;
@@ -39,18 +39,30 @@ impl Processor {
     pub fn open(checkpoint: &Checkpoint) -> Result<Self> {
         let json = checkpoint.config_json();
         let preprocessor = PreprocessorConfig::open(checkpoint)?;
+        if vlm_architecture(json)? == "InternVLChatModel" {
+            let context = added_token(checkpoint, internvl::CONTEXT)?;
+            return Ok(Self::InternVl(InternVlProcessor::new(json, &preprocessor, context)?));
+        }
+        Self::new(json, &preprocessor)
+    }
+
+    /// The processor of a config.json and a preprocessor_config.json.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); InternVL2, whose tokenizer alone knows what stands for an image.
+    pub fn new(json: &Map<String, Value>, preprocessor: &PreprocessorConfig) -> Result<Self> {
         let processor = match vlm_architecture(json)? {
-            "LlavaForConditionalGeneration" => Self::Clip(ClipProcessor::new(json, &preprocessor)?),
+            "LlavaForConditionalGeneration" => Self::Clip(ClipProcessor::new(json, preprocessor)?),
             "LlavaOnevisionForConditionalGeneration" | "LlavaQwenForCausalLM" => {
-                Self::OneVision(OneVisionProcessor::new(json, &preprocessor)?)
+                Self::OneVision(OneVisionProcessor::new(json, preprocessor)?)
             }
             family @ ("Qwen2VLForConditionalGeneration" | "Qwen2_5_VLForConditionalGeneration") => {
                 let newer = family.starts_with("Qwen2_5");
-                Self::Qwen(QwenProcessor::new(json, &preprocessor, newer)?)
+                Self::Qwen(QwenProcessor::new(json, preprocessor, newer)?)
             }
             "InternVLChatModel" => {
-                let context = added_token(checkpoint, internvl::CONTEXT)?;
-                Self::InternVl(InternVlProcessor::new(json, &preprocessor, context)?)
+                let reason = "InternVLChatModel needs its tokenizer: open the whole checkpoint";
+                return Err(Error::Config(reason.into()));
             }
             other => {
                 return Err(Error::UnsupportedArchitecture {
