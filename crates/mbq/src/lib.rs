@@ -17,6 +17,7 @@
 //! | files that engines load | [`layout`], [`export`] |
 //! | which layers of a model are quantized | [`inventory`] |
 //! | how a model is measured and answers are scored | [`evaluation`] |
+//! | tiny models, and what they show | [`nano`], [`study`] |
 
 pub mod apply;
 pub mod artefact;
@@ -37,6 +38,7 @@ pub mod layout;
 pub mod loss;
 pub mod memory;
 pub mod methods;
+pub mod nano;
 pub mod operators;
 mod progress;
 pub mod prompt;
@@ -45,6 +47,7 @@ pub mod run;
 pub mod search;
 pub mod sensitivity;
 pub mod smooth;
+pub mod study;
 
 pub use error::{Error, Result};
 pub use progress::PROGRESS;

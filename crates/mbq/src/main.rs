@@ -31,6 +31,10 @@ enum Command {
     Eval(commands::eval::Eval),
     /// Show what a calibration has found
     Inspect(commands::inspect::Inspect),
+    /// Study nano models: every method at every width
+    Study(commands::study::Study),
+    /// Train the nano models of a recipe; resumable
+    Train(commands::train::Train),
 }
 
 fn main() -> ExitCode {
@@ -43,5 +47,7 @@ fn main() -> ExitCode {
         Command::Quantize(command) => command.run(cli.log.quiet),
         Command::Eval(command) => command.run(cli.log.quiet),
         Command::Inspect(command) => command.run(),
+        Command::Study(command) => command.run(cli.log.quiet),
+        Command::Train(command) => command.run(cli.log.quiet),
     })
 }

@@ -8,3 +8,5 @@ pub mod opened;
 pub mod prepare_data;
 pub mod quantize;
 pub mod sensitivity;
+pub mod study;
+pub mod train;
