@@ -33,7 +33,9 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use crate::checkpoint::Checkpoint;
 use crate::device::{DeviceSpec, DtypeSpec, set_threads};
+use crate::plugin::Plugins;
 use crate::sampling::Sampling;
 use crate::{Error, Result};
 
@@ -58,6 +60,29 @@ impl std::ops::Deref for ModelArgs {
 
     fn deref(&self) -> &DeviceArgs {
         &self.run_on
+    }
+}
+
+/// `--model` and what is plugged into it: `--weights`, `--kv`, `--hook`, with `--device`, `--dtype`, `--threads`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct PluggedModelArgs {
+    /// Checkpoint: a folder, or a hub id ORG/NAME or ORG/NAME@REVISION; not needed where --weights names one
+    #[arg(long, short, value_name = "FOLDER|ID", value_parser = not_empty, required_unless_present = "weights")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run_on: DeviceArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub plugins: PluginArgs,
+}
+
+impl PluggedModelArgs {
+    /// The checkpoint to load, and whether `--weights` is dealt with by that: [`Plugins::checkpoint`].
+    pub fn checkpoint(&self, known: &Plugins) -> Result<(Checkpoint, bool)> {
+        let model = self.model.as_deref().map(Checkpoint::open).transpose()?;
+        let weights = self.plugins.weights.as_ref().map(|p| (p.name.as_str(), p.spec.as_str()));
+        known.checkpoint(weights, model)
     }
 }
 

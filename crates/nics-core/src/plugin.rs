@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
 use crate::cache::DenseCache;
+use crate::checkpoint::Checkpoint;
 use crate::models::{Model, ModelDims};
 use crate::seam::{KvCache, LayerHook, Plugin};
 use crate::{Error, Result};
@@ -34,6 +35,32 @@ impl Plugins {
             let known: Vec<&str> = self.0.iter().map(|p| p.name()).collect();
             Error::Input(format!("{flag} {name}: this binary knows {}", known.join(", ")))
         })
+    }
+
+    /// The checkpoint to load: that of `--weights NAME:SPEC`, where its method has one, else `model`, the binary's own. A
+    /// quantized `model` is read by the method that can, without being asked. The flag says whether the weights are dealt with;
+    /// if not, [`weights`](Self::weights) is to change them once they are loaded.
+    pub fn checkpoint(
+        &self,
+        asked: Option<(&str, &str)>,
+        model: Option<Checkpoint>,
+    ) -> Result<(Checkpoint, bool)> {
+        if let Some((name, spec)) = asked {
+            if let Some(own) = self.find("--weights", name)?.checkpoint(model.as_ref(), spec)? {
+                return Ok((own, true));
+            }
+        } else if let Some(model) = model.as_ref().filter(|m| m.is_quantized()) {
+            for plugin in &self.0 {
+                if let Some(own) = plugin.checkpoint(Some(model), "")? {
+                    return Ok((own, true));
+                }
+            }
+        }
+        let name = asked.map_or("", |(name, _)| name);
+        let model = model.ok_or_else(|| {
+            Error::Input(format!("--weights {name} changes the weights of a model: give --model, too"))
+        })?;
+        Ok((model, asked.is_none()))
     }
 
     /// `--weights NAME:SPEC`: changes the weights of `model`.

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{Error, Result};
 
@@ -52,6 +53,23 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// How a generation_config.json has tokens drawn, with transformers' defaults.
+    pub fn from_generation_config(generation: &Value) -> Self {
+        let number = |key: &str, default: f32| generation[key].as_f64().map_or(default, |v| v as f32);
+        let repetition_penalty = number("repetition_penalty", 1.0);
+        if !generation["do_sample"].as_bool().unwrap_or(false) {
+            return Self { repetition_penalty, ..Self::default() };
+        }
+        Self {
+            temperature: number("temperature", 1.0),
+            top_k: generation["top_k"].as_u64().unwrap_or(0) as usize,
+            top_p: number("top_p", 1.0),
+            min_p: number("min_p", 0.0),
+            repetition_penalty,
+            ..Self::default()
+        }
+    }
+
     /// Whether every value is in its range.
     ///
     /// # Errors

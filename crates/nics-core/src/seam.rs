@@ -3,6 +3,7 @@
 //! | seam | where it sits | default |
 //! |---|---|---|
 //! | [`Projection`] | every linear layer | [`crate::nn::Linear`] |
+//! | [`ProjectionSource`] | where a model reads its linear layers | their dense weights |
 //! | [`KvCache`] | takes a layer's new q, k, v and attends over all that is kept | [`crate::cache::DenseCache`] |
 //! | [`LayerHook`] | before layer 0 and, in every layer, between attention and MLP | none |
 //!
@@ -10,6 +11,7 @@
 
 use tch::Tensor;
 
+use crate::checkpoint::{Checkpoint, TensorPath};
 use crate::models::{Model, ModelDims};
 use crate::nn::{Linear, PackedLinear, Rope};
 use crate::{Error, Result};
@@ -324,12 +326,37 @@ pub trait Projection: Send {
     fn parameters(&mut self) -> Vec<(&'static str, &mut Tensor)>;
 }
 
+/// Makes linear layers of what a checkpoint stores in place of their dense weights, while a model is loaded: no dense copy
+/// ever exists. [`Checkpoint::with_projections`] puts it into a checkpoint.
+pub trait ProjectionSource: Send + Sync {
+    /// The linear layer at `at`, e.g. `model.layers.0.self_attn.q_proj`, of these channels and with or without a bias; `None`
+    /// when its weight is stored as usual.
+    fn load(
+        &self,
+        at: &TensorPath,
+        input: i64,
+        output: i64,
+        bias: bool,
+    ) -> Result<Option<Box<dyn Projection>>>;
+
+    /// Whether a stored tensor is a part of such a layer, so that it says nothing about the dtype of a model.
+    fn owns(&self, tensor: &str) -> bool;
+}
+
 /// What a method registers with a binary under a name: `--weights NAME:SPEC`, `--kv NAME:SPEC`, `--hook NAME:SPEC`.
 ///
 /// Each default refuses, so that a method implements what it has.
 pub trait Plugin: Send + Sync {
     /// The name in front of the colon.
     fn name(&self) -> &str;
+
+    /// The checkpoint that is loaded in place of `model`, for weights that are not held dense first; with it
+    /// [`weights`](Self::weights) is not called. `model` is the binary's own, where it has one. `None`, the default, for a
+    /// method that changes the weights of a loaded model.
+    fn checkpoint(&self, model: Option<&Checkpoint>, spec: &str) -> Result<Option<Checkpoint>> {
+        let _ = (model, spec);
+        Ok(None)
+    }
 
     /// Replaces weights of a loaded model.
     fn weights(&self, model: &mut dyn Model, spec: &str) -> Result<()> {

@@ -1,13 +1,15 @@
 //! A model whose projections are packed: the same as one with the dequantized weights, cached or not, alone or in a batch.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use nics_core::Result;
 use nics_core::cache::{DenseCache, NoCache};
-use nics_core::checkpoint::Checkpoint;
+use nics_core::checkpoint::{Checkpoint, TensorPath, save};
 use nics_core::generate::{Generator, Request, collect};
 use nics_core::models::{self, Batch, Decoder, Input, Model};
 use nics_core::nn::{Linear, PackedLinear, by_panels};
-use nics_core::seam::{Projection, Ragged, SeqId};
+use nics_core::seam::{Projection, ProjectionSource, Ragged, SeqId};
 use nics_kernels::packed::Rounding;
 use tch::{Device, Kind, Tensor};
 
@@ -43,6 +45,81 @@ fn packed(name: &str, rounding: Option<Rounding>) -> Decoder {
         })
         .unwrap();
     model
+}
+
+/// Packs the gates of the MLPs as they are loaded, from dense weights under another name.
+struct Gates;
+
+impl ProjectionSource for Gates {
+    fn load(&self, at: &TensorPath, input: i64, output: i64, _: bool) -> Result<Option<Box<dyn Projection>>> {
+        if !at.has("stored") {
+            return Ok(None);
+        }
+        let stored = Linear::new(at.tensor("stored", &[output, input])?, None);
+        Ok(Some(Box::new(pack(&stored, Rounding::A16))))
+    }
+
+    fn owns(&self, tensor: &str) -> bool {
+        tensor.ends_with(".stored")
+    }
+}
+
+#[test]
+fn a_checkpoint_brings_its_own_layers() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden/llama");
+    let plain = Checkpoint::open_dir(&from).unwrap();
+    let root = plain.root(Device::Cpu, Kind::Float);
+    let renamed = |name: &str| name.replace("gate_proj.weight", "gate_proj.stored");
+    let tensors = plain.names().map(|n| (renamed(n), root.stored(n).unwrap()));
+    let mut config = serde_json::Value::Object(plain.config_json().clone());
+    config["quantization_config"] = serde_json::json!({"quant_method": "gates"});
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), tensors, &config, u64::MAX).unwrap();
+
+    let checkpoint = Checkpoint::open_dir(dir.path()).unwrap();
+    assert!(checkpoint.is_quantized());
+    let refused = models::load(&checkpoint, Device::Cpu, Kind::Float).map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("the weights are quantized (gates)"), "{refused}");
+    let checkpoint = checkpoint.with_projections(Arc::new(Gates));
+    assert!(!checkpoint.is_quantized());
+    assert_eq!(checkpoint.arch_hash(), plain.arch_hash());
+    let mut model = models::load(&checkpoint, Device::Cpu, Kind::Float).unwrap();
+    let parameters = models::parameters(&mut model).unwrap();
+    assert_eq!(parameters, models::parameters(&mut load("llama")).unwrap());
+    model
+        .visit_projections(&mut |path, p| {
+            assert_eq!(p.as_packed().is_some(), path.ends_with("gate_proj"), "{path}");
+            Ok(())
+        })
+        .unwrap();
+    let mut expected = load("llama");
+    expected
+        .visit_projections(&mut |path, p| {
+            if path.ends_with("gate_proj") {
+                *p = Box::new(Linear::new(pack(&**p, Rounding::A16).dense()?, None));
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(relative(&logits(&model, &[12]), &logits(&expected, &[12])) < 1e-4);
+    // What is packed says nothing about the dtype that a model is loaded as.
+    let gate = "model.layers.0.mlp.gate_proj.stored";
+    assert!(checkpoint.is_in_projection(gate) && !checkpoint.is_in_projection("model.norm.weight"));
+    assert_eq!(models::kind_of(&checkpoint, |name| name != gate), Kind::Float);
+}
+
+#[test]
+fn inputs_that_are_not_rounded_are_exact() {
+    let source = Linear::new(Tensor::randn([24, 64], (Kind::Float, Device::Cpu)), None);
+    let (rounded, exact) = (pack(&source, Rounding::A8), pack(&source, Rounding::A8).with_exact_inputs());
+    assert_eq!((rounded.rounding(), exact.rounding()), (Some(Rounding::A8), None));
+    let x = Tensor::randn([3, 64], (Kind::Float, Device::Cpu));
+    let expected = x.linear(&exact.dense().unwrap(), None::<&Tensor>);
+    assert!(exact.forward(&x).unwrap().equal(&expected));
+    assert!(relative(&rounded.forward(&x).unwrap(), &expected) > 1e-4);
+    // Beside another that rounds, each does what it does.
+    let both = rounded.forward_many(&[&exact], &x).unwrap();
+    assert!(both[1].equal(&expected) && both[0].equal(&rounded.forward(&x).unwrap()));
 }
 
 fn logits(model: &Decoder, lens: &[usize]) -> Tensor {

@@ -1,7 +1,7 @@
 //! The seams on the tiny checkpoints of `datasets/golden`: hooks that shorten, projections that record, caches that are
 //! cut back and copied, gradients through no cache, and refusals of what does not fit.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use nics_core::cache::{DenseCache, NoCache};
@@ -12,7 +12,9 @@ use nics_core::models::{self, Batch, Decoder, Input, Model};
 use nics_core::nn::Linear;
 use nics_core::plugin::Plugins;
 use nics_core::sampling::Sampling;
-use nics_core::seam::{KvCache, LayerHook, Mask, Point, Projection, Ragged, Reduced, Rows, SeqId, Site};
+use nics_core::seam::{
+    KvCache, LayerHook, Mask, Plugin, Point, Projection, Ragged, Reduced, Rows, SeqId, Site,
+};
 use nics_core::train::masked_cross_entropy;
 use nics_core::{Error, Result};
 use proptest::prelude::*;
@@ -416,6 +418,45 @@ fn the_shuffle_control_keeps_values_and_loses_what_was_learned() {
     assert!(plugins.weights("none", "", &mut model).unwrap_err().to_string().contains("dense, shuffle"));
     assert!(plugins.cache(Some(("dense", "4bit")), model.dims()).is_err());
     assert!(plugins.hook("dense", "", model.dims()).is_err());
+}
+
+/// Reads checkpoints of its own, and quantized ones.
+struct Own;
+
+impl Plugin for Own {
+    fn name(&self) -> &'static str {
+        "own"
+    }
+
+    fn checkpoint(&self, model: Option<&Checkpoint>, spec: &str) -> Result<Option<Checkpoint>> {
+        match (spec, model) {
+            ("none", _) => Ok(None),
+            ("", Some(model)) => Ok(Some(model.clone())),
+            (spec, _) => Ok(Some(Checkpoint::open_dir(&golden(spec))?)),
+        }
+    }
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/golden").join(name)
+}
+
+#[test]
+fn a_method_may_bring_the_checkpoint() {
+    let plugins = Plugins::default().with(Own);
+    let open = |name: &str| Checkpoint::open_dir(&golden(name)).unwrap();
+    let asked = |weights: Option<(&str, &str)>, model: Option<Checkpoint>| {
+        plugins.checkpoint(weights, model).map(|(checkpoint, done)| (checkpoint.name().to_owned(), done))
+    };
+    assert_eq!(asked(Some(("own", "qwen2")), None).unwrap(), ("qwen2".into(), true));
+    assert_eq!(asked(Some(("own", "qwen2")), Some(open("llama"))).unwrap(), ("qwen2".into(), true));
+    assert_eq!(asked(None, Some(open("llama"))).unwrap(), ("llama".into(), true));
+    // What changes a loaded model's weights does so later.
+    assert_eq!(asked(Some(("own", "none")), Some(open("llama"))).unwrap(), ("llama".into(), false));
+    assert_eq!(asked(Some(("shuffle", "1")), Some(open("llama"))).unwrap(), ("llama".into(), false));
+    let refused = asked(Some(("shuffle", "1")), None).unwrap_err().to_string();
+    assert!(refused.contains("--weights shuffle") && refused.contains("give --model"), "{refused}");
+    assert!(asked(Some(("gone", "")), None).unwrap_err().to_string().contains("knows dense, shuffle, own"));
 }
 
 proptest! {

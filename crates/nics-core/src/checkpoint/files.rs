@@ -57,6 +57,9 @@ pub(crate) fn read_object(
         .map_err(|e| CheckpointError::InvalidJson { path: path.to_owned(), detail: e.to_string() })
 }
 
+/// Bytes of a tensor from which on its mapping is released after it was copied.
+const RELEASED: usize = 1 << 20;
+
 /// One weights file, mapped for as long as the checkpoint lives.
 struct Mapped {
     path: PathBuf,
@@ -128,6 +131,24 @@ impl WeightFiles {
             return Err(CheckpointError::Shrunk { path: file.path.clone(), found: now, expected });
         }
         Ok(Some(&file.map[located.entry.begin..located.entry.end]))
+    }
+
+    /// Lets go of the memory in which a large tensor's part of its file was mapped, once it has been copied: it is read again
+    /// from the file when somebody asks. Without this, a loaded model would take its own size twice.
+    pub fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(Located { entry, file }) = self.find(name)
+            && entry.end - entry.begin >= RELEASED
+        {
+            // SAFETY: the mapping is of a file and never written to, so that dropped pages come back with the same bytes.
+            let _ = unsafe {
+                self.files[*file].map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    entry.begin,
+                    entry.end - entry.begin,
+                )
+            };
+        }
     }
 
     /// A name that ends like `key`, or that `key` ends with: what a wrong prefix looks like.

@@ -41,12 +41,18 @@ pub(crate) use files::{read_bounded, read_object};
 use files::WeightFiles;
 use index::Index;
 
+use crate::seam::ProjectionSource;
+
 /// Longest JSON configuration that is read.
 pub(crate) const MAX_CONFIG: u64 = 4 << 20;
 
+/// The field of config.json about quantized weights.
+const QUANTIZED: &str = "quantization_config";
+
 /// A checkpoint in the Hugging Face layout, mapped into memory.
 ///
-/// Opening reads the configuration, the index and the headers; weights are touched when they are asked for.
+/// Opening reads the configuration, the index and the headers; weights are touched when they are asked for. Clones share them.
+#[derive(Clone)]
 pub struct Checkpoint {
     name: String,
     place: Place,
@@ -54,6 +60,7 @@ pub struct Checkpoint {
     config_path: PathBuf,
     config: Map<String, Value>,
     weights: Arc<WeightFiles>,
+    projections: Option<Arc<dyn ProjectionSource>>,
 }
 
 impl Checkpoint {
@@ -89,7 +96,7 @@ impl Checkpoint {
         let config = read_object(&config_path, "the configuration", MAX_CONFIG)?;
         let weights = Arc::new(find_weights(&place)?);
         let dir = parent(&config_path);
-        Ok(Self { name, place, dir, config_path, config, weights })
+        Ok(Self { name, place, dir, config_path, config, weights, projections: None })
     }
 
     /// Opens explicit files, for layouts of other names. Files beside the configuration belong to the checkpoint.
@@ -102,7 +109,37 @@ impl Checkpoint {
         let weights = Arc::new(WeightFiles::open(weights)?);
         let name = config.display().to_string();
         let place = Place::Folder(dir.clone());
-        Ok(Self { name, place, dir, config_path: config.to_owned(), config: config_map, weights })
+        let config_path = config.to_owned();
+        Ok(Self { name, place, dir, config_path, config: config_map, weights, projections: None })
+    }
+
+    /// Whether its config.json says that weights are quantized, at the top or in a part of the model.
+    pub fn is_quantized(&self) -> bool {
+        self.quantization_config().is_some()
+    }
+
+    /// What config.json says of quantized weights, at the top or in a part of the model.
+    pub fn quantization_config(&self) -> Option<&Value> {
+        let parts = self.config.values().filter_map(Value::as_object);
+        std::iter::once(&self.config).chain(parts).find_map(|p| p.get(QUANTIZED).filter(|c| !c.is_null()))
+    }
+
+    /// The same checkpoint with linear layers that `source` makes of what is stored in place of their dense weights. Its
+    /// configuration no longer says that they are quantized, since for a model they are layers like any others.
+    #[must_use]
+    pub fn with_projections(mut self, source: Arc<dyn ProjectionSource>) -> Self {
+        self.config.shift_remove(QUANTIZED);
+        for part in self.config.values_mut().filter_map(Value::as_object_mut) {
+            part.shift_remove(QUANTIZED);
+        }
+        self.projections = Some(source);
+        self
+    }
+
+    /// Whether a tensor is a part of a linear layer that is [made](Self::with_projections) of what is stored in place of its
+    /// dense weight.
+    pub fn is_in_projection(&self, name: &str) -> bool {
+        self.projections.as_ref().is_some_and(|source| source.owns(name))
     }
 
     /// A short name: the hub id as given, or the folder's name.
@@ -198,7 +235,11 @@ impl Checkpoint {
     ///
     /// Each root keeps its own account of what was [read](TensorPath::unread).
     pub fn root(&self, device: tch::Device, kind: tch::Kind) -> TensorPath {
-        TensorPath::files(self.weights.clone(), self.dir.display().to_string(), device, kind)
+        let root = TensorPath::files(self.weights.clone(), self.dir.display().to_string(), device, kind);
+        match &self.projections {
+            None => root,
+            Some(source) => root.with_projections(source.clone()),
+        }
     }
 
     /// Turns a failure inside `config` into an error that names the field.
@@ -222,6 +263,7 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 /// Where the files of a checkpoint come from.
+#[derive(Clone)]
 enum Place {
     Folder(PathBuf),
     Hub(Source),

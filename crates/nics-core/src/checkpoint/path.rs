@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::CheckpointError;
 use super::files::WeightFiles;
 use super::source::{Origin, Source};
+use crate::seam::ProjectionSource;
 
 /// A change to every tensor on its way from a [`TensorPath`] to the model; gets the full name and the tensor, and keeps
 /// the shape. A refusal is a [`CheckpointError::Transform`].
@@ -28,6 +29,7 @@ pub struct TensorPath {
     because: Arc<str>,
     transform: Option<Arc<Transform>>,
     renames: &'static [(&'static str, &'static str)],
+    projections: Option<Arc<dyn ProjectionSource>>,
 }
 
 impl TensorPath {
@@ -61,7 +63,16 @@ impl TensorPath {
 
     fn new(origin: Origin, device: Device, kind: Kind) -> Self {
         let source = Source::new(origin);
-        Self { source, path: String::new(), device, kind, because: "".into(), transform: None, renames: &[] }
+        Self {
+            source,
+            path: String::new(),
+            device,
+            kind,
+            because: "".into(),
+            transform: None,
+            renames: &[],
+            projections: None,
+        }
     }
 
     /// The place `name` under this one; parts are joined with `.` and an empty name is this place.
@@ -93,6 +104,16 @@ impl TensorPath {
     /// first prefix of a pair replaced by the second, pair by pair in order; messages keep the model's own name.
     pub fn renamed(&self, renames: &'static [(&'static str, &'static str)]) -> Self {
         Self { renames, ..self.clone() }
+    }
+
+    /// The same place with linear layers that `source` makes, where it does.
+    pub fn with_projections(&self, source: Arc<dyn ProjectionSource>) -> Self {
+        Self { projections: Some(source), ..self.clone() }
+    }
+
+    /// What makes linear layers in place of their dense weights.
+    pub fn projections(&self) -> Option<&dyn ProjectionSource> {
+        self.projections.as_deref()
     }
 
     /// The tensor `name` under this place, of the given shape, as [`kind`](Self::kind) on [`device`](Self::device).

@@ -108,6 +108,7 @@ impl Source {
                 let bytes = files.bytes(name)?.unwrap_or_default();
                 self.check_finite(name, entry.dtype, bytes)?;
                 let t = tensor_of(bytes, shape, stored, kind, device).map_err(torch)?;
+                files.release(name);
                 if narrows(stored, kind) {
                     self.check_finite_after(name, &t)?;
                 }
@@ -154,7 +155,9 @@ impl Source {
                 };
                 let shape: Vec<i64> = entry.shape.iter().map(|&d| d as i64).collect();
                 let bytes = files.bytes(name)?.unwrap_or_default();
-                tensor_of(bytes, &shape, kind, kind, device).map(Some).map_err(torch)
+                let t = tensor_of(bytes, &shape, kind, kind, device).map_err(torch)?;
+                files.release(name);
+                Ok(Some(t))
             }
             Origin::Random { .. } => Ok(None),
             Origin::Memory(tensors) => lock(tensors)

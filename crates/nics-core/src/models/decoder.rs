@@ -20,7 +20,7 @@ use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor};
 use crate::checkpoint::TensorPath;
 use crate::device::OneThread;
 use crate::nn::memory::{values, values_mut};
-use crate::nn::{Linear, RmsNorm, Rope, Rotary};
+use crate::nn::{Linear, RmsNorm, Rope, Rotary, projection};
 use crate::seam::{KvCache, LayerHook, Mask, Point, Projection, Ragged, Rows, Site};
 use crate::{Error, Result};
 
@@ -56,9 +56,7 @@ pub struct Attention {
 
 impl Attention {
     fn load(at: &TensorPath, c: &DecoderConfig) -> Result<Self> {
-        let linear = |name: &str, input, output, bias| -> Result<Box<dyn Projection>> {
-            Ok(Box::new(Linear::load(&at.at(name), input, output, bias)?))
-        };
+        let linear = |name: &str, input, output, bias| projection(&at.at(name), input, output, bias);
         let norm = |name: &str| -> Result<Option<RmsNorm>> {
             if !c.family.qk_norm {
                 return Ok(None);
@@ -135,9 +133,7 @@ pub struct Mlp {
 
 impl Mlp {
     fn load(at: &TensorPath, c: &DecoderConfig) -> Result<Self> {
-        let linear = |name: &str, input, output| -> Result<Box<dyn Projection>> {
-            Ok(Box::new(Linear::load(&at.at(name), input, output, c.family.mlp_bias)?))
-        };
+        let linear = |name: &str, input, output| projection(&at.at(name), input, output, c.family.mlp_bias);
         let [gate, up, down] = c.family.names.gate_up_down;
         Ok(Self {
             gate_proj: linear(gate, c.hidden, c.intermediate)?,
@@ -235,7 +231,7 @@ impl Decoder {
         let lm_head: Box<dyn Projection> = if c.tied {
             Box::new(Linear::new(embed_tokens.shallow_clone(), None))
         } else {
-            Box::new(Linear::load(&at.at(names.lm_head), c.hidden, c.vocab, false)?)
+            projection(&at.at(names.lm_head), c.hidden, c.vocab, false)?
         };
         let layers = (0..c.layers)
             .map(|l| DecoderLayer::load(&model.at("layers").at(l), c, l))

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::ProjectionVisitor;
 use super::vit::{MAX_LAYERS, MAX_SIZE, linear, sdpa};
 use crate::checkpoint::TensorPath;
-use crate::nn::{Activation, Linear, Norm, RmsNorm};
+use crate::nn::{Activation, Norm, RmsNorm, projection};
 use crate::seam::Projection;
 use crate::vision::{VisionError, senseless};
 use crate::{Error, Result};
@@ -161,7 +161,7 @@ impl EncoderLayer {
         };
         Ok(Self {
             norm1: Norm::load(&at.at("norm1"), c.hidden, c.eps, c.rms)?,
-            qkv: Box::new(Linear::load(&attn.at("qkv"), c.hidden, 3 * c.hidden, c.qkv_bias)?),
+            qkv: projection(&attn.at("qkv"), c.hidden, 3 * c.hidden, c.qkv_bias)?,
             qk_norm,
             proj: linear(&attn.at("proj"), c.hidden, c.hidden)?,
             ls1: at.tensor("ls1", &[c.hidden])?,

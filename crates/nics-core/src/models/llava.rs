@@ -9,7 +9,7 @@ use super::multimodal::{Positions, Vision, Vlm, text_config};
 use super::vit::{Tower, TowerConfig};
 use super::{Decoder, DecoderConfig, ProjectionVisitor, clip, siglip};
 use crate::checkpoint::TensorPath;
-use crate::nn::{Activation, Linear};
+use crate::nn::{Activation, projection};
 use crate::seam::Projection;
 use crate::vision::{Prepared, object, senseless};
 use crate::{Error, Result};
@@ -164,9 +164,7 @@ impl LlavaVision {
             "config.json (vision_config.hidden_size {}, text_config.hidden_size {})",
             c.vision.hidden, c.text.hidden
         ));
-        let linear = |name: &str, input| -> Result<Box<dyn Projection>> {
-            Ok(Box::new(Linear::load(&at.at(name), input, c.text.hidden, c.projector_bias)?))
-        };
+        let linear = |name: &str, input| projection(&at.at(name), input, c.text.hidden, c.projector_bias);
         let projector = MultiModalProjector {
             linear_1: linear("linear_1", c.vision.hidden * c.feature_layers.len() as i64)?,
             linear_2: linear("linear_2", c.text.hidden)?,

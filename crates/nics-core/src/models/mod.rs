@@ -153,9 +153,13 @@ pub fn random(config: DecoderConfig, device: Device, kind: Kind, seed: u64) -> R
     load_at(config, &TensorPath::random(seed, 0.02, device, kind))
 }
 
-/// How many parameters a model has, a tied head aside.
+/// How many parameters a model has, a tied head aside; weights that are packed count as well.
 pub fn parameters(model: &mut dyn Model) -> Result<usize> {
     let mut parameters = 0;
+    model.visit_projections(&mut |_, projection| {
+        parameters += projection.as_packed().map_or(0, |p| p.weight().out() * p.weight().input());
+        Ok(())
+    })?;
     model.visit_parameters(&mut |_, tensor| {
         parameters += tensor.numel();
         Ok(())
@@ -216,14 +220,21 @@ fn config_of_type(model_type: &str, json: &Map<String, Value>) -> Result<Decoder
     read(&full)
 }
 
-/// The dtype in which most of a checkpoint's values are stored: bfloat16, float16 or float32 (float64 counts as that).
+/// The dtype in which most of a checkpoint's values are stored: bfloat16, float16 or float32 (float64 counts as that, integers
+/// and what is [packed](Checkpoint::is_in_projection) do not count).
 pub fn stored_kind(checkpoint: &Checkpoint) -> Kind {
+    kind_of(checkpoint, |name| !checkpoint.is_in_projection(name))
+}
+
+/// As [`stored_kind`], of the tensors whose names `counts` says to count.
+pub fn kind_of(checkpoint: &Checkpoint, counts: impl Fn(&str) -> bool) -> Kind {
     let mut values = [(Kind::BFloat16, 0), (Kind::Half, 0), (Kind::Float, 0)];
-    for name in checkpoint.names() {
+    for name in checkpoint.names().filter(|name| counts(name)) {
         let of = match checkpoint.dtype(name) {
             Some(Dtype::BF16) => 0,
             Some(Dtype::F16) => 1,
-            _ => 2,
+            Some(Dtype::F32 | Dtype::F64) => 2,
+            _ => continue,
         };
         values[of].1 += checkpoint.shape(name).map_or(0, |s| s.iter().product::<usize>());
     }

@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::ProjectionVisitor;
 use crate::checkpoint::TensorPath;
-use crate::nn::{Activation, LayerNorm, Linear};
+use crate::nn::{Activation, LayerNorm, projection};
 use crate::seam::Projection;
 use crate::vision::{VisionError, senseless};
 use crate::{Error, Result};
@@ -156,7 +156,7 @@ pub struct EncoderLayer {
 
 /// A linear layer with a bias, as every one of a tower is.
 pub(super) fn linear(at: &TensorPath, input: i64, output: i64) -> Result<Box<dyn Projection>> {
-    Ok(Box::new(Linear::load(at, input, output, true)?))
+    projection(at, input, output, true)
 }
 
 impl Attention {

@@ -34,6 +34,17 @@ impl Linear {
     }
 }
 
+/// The linear layer at `at`: what the checkpoint's [source of projections](crate::seam::ProjectionSource) makes of it, else
+/// [`Linear::load`].
+pub fn projection(at: &TensorPath, input: i64, output: i64, bias: bool) -> Result<Box<dyn Projection>> {
+    if let Some(source) = at.projections()
+        && let Some(made) = source.load(at, input, output, bias)?
+    {
+        return Ok(made);
+    }
+    Ok(Box::new(Linear::load(at, input, output, bias)?))
+}
+
 /// Several layers over one `x` of a few rows, in one go; `None` when that is not a case for the kernel.
 fn few_rows(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
     let Some(xs) = values(x) else { return Ok(None) };

@@ -10,7 +10,7 @@ mod rope;
 
 pub use activation::Activation;
 pub use layer_norm::{LayerNorm, Norm};
-pub use linear::Linear;
+pub use linear::{Linear, projection};
 pub use norm::RmsNorm;
 pub use packed::{DeviceWeight, PackedLinear, by_panels};
 pub use rope::{Rope, RopeConfig, RopeScaling, Rotary};

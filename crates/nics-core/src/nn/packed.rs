@@ -26,6 +26,8 @@ pub struct PackedLinear {
     /// `[out]`.
     bias: Option<Tensor>,
     rounding: Rounding,
+    /// Inputs are taken as they are.
+    exact: bool,
     /// What [`Projection::dense`] gives.
     kind: Kind,
     /// The weight where x came from, if that is not the CPU.
@@ -74,7 +76,14 @@ impl PackedLinear {
         let (shape, group) = ([out as usize, input as usize], (input / groups) as usize);
         let weight = Packed::new(bits, shape, group, &bytes(codes)?, &scales, &bytes(zeros)?)
             .map_err(|e| Error::Input(e.to_string()))?;
-        Ok(Self { weight, bias, rounding, kind, elsewhere: RefCell::new(None) })
+        Ok(Self { weight, bias, rounding, exact: false, kind, elsewhere: RefCell::new(None) })
+    }
+
+    /// The same layer with inputs that are not rounded: the weight is dequantized for every call, which takes the memory of one
+    /// dense layer at a time.
+    #[must_use]
+    pub fn with_exact_inputs(self) -> Self {
+        Self { exact: true, ..self }
     }
 
     /// The weight as kernels read it.
@@ -82,9 +91,9 @@ impl PackedLinear {
         &self.weight
     }
 
-    /// How inputs are rounded.
-    pub fn rounding(&self) -> Rounding {
-        self.rounding
+    /// How inputs are rounded; `None` when they are not.
+    pub fn rounding(&self) -> Option<Rounding> {
+        (!self.exact).then_some(self.rounding)
     }
 }
 
@@ -112,6 +121,9 @@ fn elsewhere(layer: &PackedLinear, x: &Tensor) -> Result<Option<Tensor>> {
 
 /// Several layers over one `x`; `None` when that is not a case for the kernel.
 fn by_kernel(layers: &[&PackedLinear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
+    if layers.iter().any(|layer| layer.exact) {
+        return Ok(None);
+    }
     let x = if x.is_contiguous() { x.shallow_clone() } else { x.f_contiguous()? };
     let Some(xs) = values(&x) else { return Ok(None) };
     let mut shape = x.size();

@@ -98,19 +98,10 @@ impl Packed {
         zeros: &[u8],
     ) -> Result<Self, PackError> {
         let fault = |what: String| Err(PackError(what));
-        if !matches!(bits, 2 | 3 | 4 | 8) {
-            return fault(format!("{bits} bits, expected 2, 3, 4 or 8"));
-        }
         if out == 0 || input == 0 || codes.len() != out * input {
             return fault(format!("{} codes are not [{out}, {input}]", codes.len()));
         }
-        let whole = group == input;
-        let in_chunks = group.is_multiple_of(UNIT) && (group <= CHUNK || group.is_multiple_of(CHUNK));
-        if group == 0 || !input.is_multiple_of(group) || !(whole || in_chunks) {
-            return fault(format!(
-                "groups of {group} of {input} channels, expected all of them, or a divisor that is 32, 64, 96 or a multiple of 128"
-            ));
-        }
+        Self::check(bits, input, group)?;
         let groups = input / group;
         if scales.len() != out * groups || zeros.len() != out * groups {
             let found = [scales.len(), zeros.len()];
@@ -138,6 +129,24 @@ impl Packed {
         packed.fill_parameters(scales, zeros);
         packed.fill_stream(codes);
         Ok(packed)
+    }
+
+    /// Whether there are kernels for so many bits in groups of so many of `input` channels: asked before anything long begins.
+    ///
+    /// # Errors
+    /// What there is no kernel for.
+    pub fn check(bits: u32, input: usize, group: usize) -> Result<(), PackError> {
+        if !matches!(bits, 2 | 3 | 4 | 8) {
+            return Err(PackError(format!("{bits} bits, expected 2, 3, 4 or 8")));
+        }
+        let whole = group == input;
+        let in_chunks = group.is_multiple_of(UNIT) && (group <= CHUNK || group.is_multiple_of(CHUNK));
+        if group == 0 || !input.is_multiple_of(group) || !(whole || in_chunks) {
+            return Err(PackError(format!(
+                "groups of {group} of {input} channels, expected all of them, or a divisor that is 32, 64, 96 or a multiple of 128"
+            )));
+        }
+        Ok(())
     }
 
     fn fill_parameters(&mut self, scales: &[f32], zeros: &[u8]) {
