@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::fold::fold;
 use crate::layer::{LayerWeights, Role, Weights};
 use crate::operators::{Names, check_groups, operators};
-use crate::quantize::{QTensor, QuantSpec, quantize_group};
+use crate::quantize::{QTensor, QuantSpec};
 use crate::search::OpScale;
 use crate::{Error, Result};
 
@@ -74,7 +74,7 @@ pub type LayerCodes = Vec<(Role, QTensor)>;
 pub struct Rounded {
     /// What was rounded.
     pub summary: Summary,
-    /// The integers behind the weights, by layer; none when activations are rounded too, whose weights go by row.
+    /// The integers behind the weights, by layer.
     pub codes: Vec<LayerCodes>,
 }
 
@@ -87,15 +87,11 @@ pub fn round(decoder: &mut Decoder, names: &Names, spec: &QuantSpec) -> Result<R
     let kind = decoder.dims().kind;
     let mut codes = Vec::new();
     for layer in &mut decoder.layers {
-        let mut weights = LayerWeights::of(layer)?;
-        if spec.act_bits.is_some() {
-            weights = weights.quantized(spec)?;
-        } else {
-            let one = |(role, w): &(Role, Weights)| Ok((*role, quantize_group(&w.weight, spec)?));
-            let all: LayerCodes = weights.linears().iter().map(one).collect::<Result<_>>()?;
-            put_codes(&mut weights, &all)?;
-            codes.push(all);
-        }
+        let mut weights = LayerWeights::of(layer)?.with_act_bits(spec.act_bits);
+        let one = |(role, w): &(Role, Weights)| Ok((*role, spec.codes(&w.weight)?));
+        let all: LayerCodes = weights.linears().iter().map(one).collect::<Result<_>>()?;
+        put_codes(&mut weights, &all)?;
+        codes.push(all);
         weights.parts(kind)?.swap(layer)?;
     }
     Ok(Rounded { summary: summary(decoder, spec)?, codes })

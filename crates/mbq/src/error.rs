@@ -97,6 +97,28 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A `quantization_config` that asks for something that is not read here.
+    #[error("{}: `quantization_config`: {field} is {found}, expected {expected}", path.display())]
+    Quantization {
+        /// The config.json.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What is read.
+        expected: String,
+    },
+    /// A quantized layer whose tensors do not fit each other, or the model.
+    #[error("{layer} in {}: {reason}", dir.display())]
+    BadPackedFile {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// The layer.
+        layer: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A memory limit that not even one sample at a time fits.
     #[error(
         "a limit of {limit} bytes does not hold a calibration that takes {needed} one sample at a time; raise --max-memory, or take fewer or shorter samples"

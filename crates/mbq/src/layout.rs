@@ -10,13 +10,20 @@
 //! compressed-tensors, 4 and 8 bits: `weight_packed` `[out, in·b/32]`, a stream along `in`; `weight_zero_point`
 //! `[out·b/32, groups]`, a stream along `out`; `weight_scale` `[out, groups]`; `weight_shape`, `[2]`.
 //!
+//! Our own, 2 to 8 bits ([`packed`], docs/mbq-format.md): `qweight` `[out, in·b/8]`, uint8, a stream along `in`; `scales`
+//! `[out, groups]`, float16 or float32; `zeros` `[out, groups]`, uint8.
+//!
 //! Words are int32. The first form of GPTQ stores zero points one too small; the second, which newer engines read, as they
 //! are.
+
+mod stream;
 
 use tch::{Kind, Tensor};
 
 use crate::quantize::QTensor;
 use crate::{Error, Result};
+use stream::{Matrix, byte_streams, filled, from_byte_streams, from_streams, streams, unsigned, words};
+pub use stream::{stream, unstream};
 
 /// Where AutoAWQ puts the eight outputs of a word.
 pub const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
@@ -32,82 +39,6 @@ pub enum Zeros {
 
 /// Packed tensors by their name below the linear layer's.
 pub type Packed = Vec<(&'static str, Tensor)>;
-
-/// Integers of a matrix by row.
-struct Matrix {
-    rows: usize,
-    columns: usize,
-    values: Vec<u8>,
-}
-
-impl Matrix {
-    fn of(t: &Tensor) -> Result<Self> {
-        let (rows, columns) = t.size2()?;
-        let flat = t.f_to_kind(Kind::Uint8)?.f_contiguous()?.f_view([-1])?;
-        Ok(Self { rows: rows as usize, columns: columns as usize, values: Vec::try_from(flat)? })
-    }
-
-    fn tensor(&self) -> Result<Tensor> {
-        Ok(Tensor::f_from_slice(&self.values)?.f_view([self.rows as i64, self.columns as i64])?)
-    }
-
-    fn transposed(&self) -> Self {
-        let mut values = vec![0; self.values.len()];
-        for (r, row) in self.values.chunks(self.columns.max(1)).enumerate() {
-            for (c, v) in row.iter().enumerate() {
-                values[c * self.rows + r] = *v;
-            }
-        }
-        Self { rows: self.columns, columns: self.rows, values }
-    }
-}
-
-fn words(rows: usize, columns: usize, words: &[u32]) -> Result<Tensor> {
-    // The same bits with a sign.
-    let signed: Vec<i32> = words.iter().map(|w| w.cast_signed()).collect();
-    Ok(Tensor::f_from_slice(&signed)?.f_view([rows as i64, columns as i64])?)
-}
-
-fn unsigned(t: &Tensor) -> Result<Vec<u32>> {
-    let signed = Vec::<i32>::try_from(t.f_to_kind(Kind::Int)?.f_contiguous()?.f_view([-1])?)?;
-    Ok(signed.into_iter().map(i32::cast_unsigned).collect())
-}
-
-/// Values of `bits` bits, one behind the other from the lowest bit on, in 32-bit words; what is left of the last is zero.
-pub fn stream(values: &[u8], bits: u8) -> Vec<u32> {
-    let bits = usize::from(bits);
-    let mut out = vec![0u32; (values.len() * bits).div_ceil(32)];
-    for (i, v) in values.iter().enumerate() {
-        let (word, shift) = (i * bits / 32, i * bits % 32);
-        let wide = u64::from(*v) << shift;
-        out[word] |= wide as u32;
-        if shift + bits > 32 {
-            out[word + 1] |= (wide >> 32) as u32;
-        }
-    }
-    out
-}
-
-/// The first `n` values of a [`stream`].
-pub fn unstream(words: &[u32], bits: u8, n: usize) -> Vec<u8> {
-    let bits = usize::from(bits);
-    let at = |word: usize| u64::from(words.get(word).copied().unwrap_or(0));
-    (0..n)
-        .map(|i| {
-            let (word, shift) = (i * bits / 32, i * bits % 32);
-            let wide = at(word) | at(word + 1) << 32;
-            (wide >> shift) as u8 & (u8::MAX >> (8 - bits))
-        })
-        .collect()
-}
-
-/// Refuses numbers of rows or columns that do not fill words.
-fn filled(what: &str, n: usize, by: usize) -> Result<()> {
-    if n.is_multiple_of(by) {
-        return Ok(());
-    }
-    Err(Error::Input(format!("{n} {what} do not fill words of {by}; this layout cannot hold the layer")))
-}
 
 /// AutoAWQ's words of a matrix `[rows, columns]`: `[rows, columns / 8]`.
 fn nibbles(m: &Matrix) -> Result<Tensor> {
@@ -132,23 +63,23 @@ fn from_nibbles(t: &Tensor) -> Result<Matrix> {
     Ok(Matrix { rows: rows as usize, columns: words as usize * 8, values })
 }
 
-fn scales(q: &QTensor) -> Result<Tensor> {
-    let half = q.scale.f_to_kind(Kind::Half)?.f_transpose(0, 1)?.f_contiguous()?;
-    if half.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-        return Err(Error::Input("a scale leaves the range of float16, which this layout stores".into()));
+fn scales(q: &QTensor, kind: Kind) -> Result<Tensor> {
+    let cast = q.scale.f_to_kind(kind)?.f_transpose(0, 1)?.f_contiguous()?;
+    if cast.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        return Err(Error::Input(format!("a scale leaves the range of {kind:?}, which this layout stores")));
     }
-    Ok(half)
+    Ok(cast)
 }
 
-/// A 4-bit weight as AutoAWQ's GEMM kernels read it.
+/// A 4-bit weight as AutoAWQ's GEMM kernels read it, with scales of a dtype (float16, unless a file has others).
 ///
 /// # Errors
-/// Outputs that do not fill words.
-pub fn awq(q: &QTensor) -> Result<Packed> {
+/// Outputs that do not fill words, scales that leave the range of their dtype.
+pub fn awq(q: &QTensor, scale: Kind) -> Result<Packed> {
     Ok(vec![
         ("qweight", nibbles(&Matrix::of(&q.q)?.transposed())?),
         ("qzeros", nibbles(&Matrix::of(&q.zero)?.transposed())?),
-        ("scales", scales(q)?),
+        ("scales", scales(q, scale)?),
     ])
 }
 
@@ -168,30 +99,11 @@ fn width(bits: u8) -> Result<()> {
     Err(Error::Setting { field: "bits", found: bits.to_string(), expected: "2, 3, 4 or 8 in this layout" })
 }
 
-/// Streams along the rows of a matrix: `[rows, columns · bits / 32]`.
-fn streams(m: &Matrix, bits: u8, what: &str) -> Result<Tensor> {
-    filled(what, m.columns, 32 / gcd(32, usize::from(bits)))?;
-    let all: Vec<u32> = m.values.chunks(m.columns.max(1)).flat_map(|row| stream(row, bits)).collect();
-    words(m.rows, m.columns * usize::from(bits) / 32, &all)
-}
-
-fn from_streams(t: &Tensor, bits: u8) -> Result<Matrix> {
-    let (rows, n) = t.size2()?;
-    let columns = n as usize * 32 / usize::from(bits);
-    let all = unsigned(t)?;
-    let values = all.chunks(n.max(1) as usize).flat_map(|row| unstream(row, bits, columns)).collect();
-    Ok(Matrix { rows: rows as usize, columns, values })
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-/// A weight of `bits` bits as GPTQ's kernels read it.
+/// A weight of `bits` bits as GPTQ's kernels read it, with scales of a dtype (float16, unless a file has others).
 ///
 /// # Errors
-/// A width without such a layout; inputs or outputs that do not fill words.
-pub fn gptq(q: &QTensor, bits: u8, zeros: Zeros) -> Result<Packed> {
+/// A width without such a layout; inputs or outputs that do not fill words; scales that leave the range of their dtype.
+pub fn gptq(q: &QTensor, bits: u8, zeros: Zeros, scale: Kind) -> Result<Packed> {
     width(bits)?;
     let along = streams(&Matrix::of(&q.q)?, bits, "inputs")?; // [out, in·b/32]
     let mut zero = Matrix::of(&q.zero)?.transposed();
@@ -204,7 +116,7 @@ pub fn gptq(q: &QTensor, bits: u8, zeros: Zeros) -> Result<Packed> {
     Ok(vec![
         ("qweight", along.f_transpose(0, 1)?.f_contiguous()?),
         ("qzeros", streams(&zero, bits, "outputs")?),
-        ("scales", scales(q)?),
+        ("scales", scales(q, scale)?),
         ("g_idx", Tensor::f_from_slice(&(0..input).map(group).collect::<Vec<_>>())?),
     ])
 }
@@ -218,8 +130,10 @@ pub fn from_gptq(
     zeros: Zeros,
 ) -> Result<QTensor> {
     width(bits)?;
-    let along = from_streams(&qweight.f_transpose(0, 1)?.f_contiguous()?, bits)?;
-    let mut zero = from_streams(qzeros, bits)?;
+    let (rows, out) = qweight.size2()?;
+    let input = rows as usize * 32 / usize::from(bits);
+    let along = from_streams(&qweight.f_transpose(0, 1)?.f_contiguous()?, bits, input)?;
+    let mut zero = from_streams(qzeros, bits, out as usize)?;
     if zeros == Zeros::LessOne {
         let mask = u8::MAX >> (8 - bits);
         zero.values.iter_mut().for_each(|z| *z = z.wrapping_add(1) & mask);
@@ -231,11 +145,22 @@ pub fn from_gptq(
     })
 }
 
+/// How a compressed-tensors file stores zero points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroPoints {
+    /// None: the middle of the range, of symmetric weights.
+    Middle,
+    /// A stream along the outputs, `[out·b/32, groups]`, int32.
+    Packed,
+    /// Of their own, less the middle of the range, `[out, groups]`, int8: releases before 0.13.
+    Signed,
+}
+
 /// A weight of 4 or 8 bits as compressed-tensors' `pack-quantized` format has it, with scales of a dtype.
 ///
 /// # Errors
-/// Another width; inputs or outputs that do not fill words.
-pub fn compressed(q: &QTensor, bits: u8, scales: Kind) -> Result<Packed> {
+/// Another width; inputs or outputs that do not fill words; zero points elsewhere than in the middle where none are stored.
+pub fn compressed(q: &QTensor, bits: u8, zeros: ZeroPoints, scale: Kind) -> Result<Packed> {
     if !matches!(bits, 4 | 8) {
         return Err(Error::Setting {
             field: "bits",
@@ -244,13 +169,59 @@ pub fn compressed(q: &QTensor, bits: u8, scales: Kind) -> Result<Packed> {
         });
     }
     let (out, input) = q.q.size2()?;
-    let zero = streams(&Matrix::of(&q.zero)?.transposed(), bits, "outputs")?;
-    Ok(vec![
+    let middle = 1i64 << (bits - 1);
+    let mut parts = vec![
         ("weight_packed", streams(&Matrix::of(&q.q)?, bits, "inputs")?),
-        ("weight_scale", q.scale.f_to_kind(scales)?),
-        ("weight_zero_point", zero.f_transpose(0, 1)?.f_contiguous()?),
-        ("weight_shape", Tensor::f_from_slice(&[out, input])?),
-    ])
+        ("weight_scale", q.scale.f_to_kind(scale)?),
+    ];
+    match zeros {
+        ZeroPoints::Packed => {
+            let zero = streams(&Matrix::of(&q.zero)?.transposed(), bits, "outputs")?;
+            parts.push(("weight_zero_point", zero.f_transpose(0, 1)?.f_contiguous()?));
+        }
+        ZeroPoints::Signed => {
+            let zero = q.zero.f_to_kind(Kind::Int)?.f_sub_scalar(middle)?.f_to_kind(Kind::Int8)?;
+            parts.push(("weight_zero_point", zero));
+        }
+        ZeroPoints::Middle => {
+            if q.zero.f_ne(middle)?.f_any()?.f_int64_value(&[])? != 0 {
+                return Err(Error::Input(
+                    "zero points are not in the middle, and symmetric weights have no others".into(),
+                ));
+            }
+        }
+    }
+    parts.push(("weight_shape", Tensor::f_from_slice(&[out, input])?));
+    Ok(parts)
+}
+
+/// The weight that [`compressed`] packed; `zero` is `weight_zero_point` where zero points are stored.
+pub fn from_compressed(
+    packed: &Tensor,
+    scale: &Tensor,
+    zero: Option<&Tensor>,
+    bits: u8,
+    zeros: ZeroPoints,
+    input: usize,
+) -> Result<QTensor> {
+    let out = packed.size2()?.0;
+    let middle = 1i64 << (bits - 1);
+    let zero = match (zeros, zero) {
+        (ZeroPoints::Packed, Some(zero)) => {
+            from_streams(&zero.f_transpose(0, 1)?.f_contiguous()?, bits, out as usize)?
+                .transposed()
+                .tensor()?
+        }
+        (ZeroPoints::Signed, Some(zero)) => {
+            zero.f_to_kind(Kind::Int)?.f_add_scalar(middle)?.f_to_kind(Kind::Uint8)?
+        }
+        _ => Tensor::f_full(scale.size(), middle, (Kind::Uint8, scale.device()))?,
+    };
+    Ok(QTensor {
+        q: from_streams(packed, bits, input)?.tensor()?,
+        zero,
+        scale: scale.f_to_kind(Kind::Float)?.f_contiguous()?,
+    })
 }
 
 /// A weight by row, `[out, in·b/8]` bytes: the stream of each row. For 3 bits these are GPTQ's bytes.
@@ -258,15 +229,36 @@ pub fn compressed(q: &QTensor, bits: u8, scales: Kind) -> Result<Packed> {
 /// # Errors
 /// Rows that do not fill bytes.
 pub fn rows(q: &QTensor, bits: u8) -> Result<Tensor> {
-    let m = Matrix::of(&q.q)?;
-    filled("bits of a row", m.columns * usize::from(bits), 8)?;
-    let bytes = m.columns * usize::from(bits) / 8;
-    let row = |row: &[u8]| -> Vec<u8> {
-        let all: Vec<u8> = stream(row, bits).into_iter().flat_map(u32::to_le_bytes).collect();
-        all[..bytes].to_vec()
+    byte_streams(&Matrix::of(&q.q)?, bits)
+}
+
+/// The smallest number that float16 has with all its bits.
+const SMALLEST: f64 = 6.103_515_625e-5;
+
+/// A weight in our own layout. Scales that were computed here are rounded to float16 unless one is too small or too large for
+/// it; with `exact`, for those of other files, they stay float32 where float16 does not have them to the bit.
+///
+/// # Errors
+/// Rows that do not fill bytes.
+pub fn packed(q: &QTensor, bits: u8, exact: bool) -> Result<Packed> {
+    let half = q.scale.f_to_kind(Kind::Half)?;
+    let fits = if exact {
+        half.f_to_kind(Kind::Float)?.f_equal(&q.scale)?
+    } else {
+        q.scale.f_min()?.f_double_value(&[])? >= SMALLEST
+            && half.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0
     };
-    let all: Vec<u8> = m.values.chunks(m.columns.max(1)).flat_map(row).collect();
-    Ok(Tensor::f_from_slice(&all)?.f_view([m.rows as i64, bytes as i64])?)
+    let scales = if fits { half } else { q.scale.shallow_clone() };
+    Ok(vec![("qweight", rows(q, bits)?), ("scales", scales), ("zeros", q.zero.shallow_clone())])
+}
+
+/// The weight that [`packed`] wrote.
+pub fn from_packed(qweight: &Tensor, scales: &Tensor, zeros: &Tensor, bits: u8) -> Result<QTensor> {
+    Ok(QTensor {
+        q: from_byte_streams(qweight, bits)?.tensor()?,
+        scale: scales.f_to_kind(Kind::Float)?.f_contiguous()?,
+        zero: zeros.f_contiguous()?,
+    })
 }
 
 #[cfg(test)]
@@ -274,16 +266,7 @@ mod tests {
     use super::*;
     use crate::QuantSpec;
     use crate::quantize::quantize_group;
-    use proptest::prelude::*;
     use tch::Device;
-
-    proptest! {
-        #[test]
-        fn a_stream_comes_back(values in proptest::collection::vec(any::<u8>(), 0..100), bits in 2u8..=8) {
-            let values: Vec<u8> = values.iter().map(|v| v & (u8::MAX >> (8 - bits))).collect();
-            prop_assert_eq!(unstream(&stream(&values, bits), bits, values.len()), values);
-        }
-    }
 
     #[test]
     fn what_is_packed_comes_back() {
@@ -292,17 +275,41 @@ mod tests {
         for bits in [2, 3, 4, 8] {
             let q = quantize_group(&w, &QuantSpec::weights(bits, 32)).unwrap();
             for zeros in [Zeros::LessOne, Zeros::Exact] {
-                let packed = gptq(&q, bits, zeros).unwrap();
+                let packed = gptq(&q, bits, zeros, Kind::Half).unwrap();
                 let back = from_gptq(&packed[0].1, &packed[1].1, &packed[2].1, bits, zeros).unwrap();
                 assert!(back.q.equal(&q.q) && back.zero.equal(&q.zero));
             }
+            let own = packed(&q, bits, false).unwrap();
+            let back = from_packed(&own[0].1, &own[1].1, &own[2].1, bits).unwrap();
+            assert!(back.q.equal(&q.q) && back.zero.equal(&q.zero));
+            for zeros in
+                [ZeroPoints::Packed, ZeroPoints::Signed].into_iter().filter(|_| matches!(bits, 4 | 8))
+            {
+                let packed = compressed(&q, bits, zeros, Kind::Float).unwrap();
+                let [weight, scale, zero] = [0, 1, 2].map(|i| &packed[i].1);
+                let back = from_compressed(weight, scale, Some(zero), bits, zeros, 64).unwrap();
+                assert!(back.q.equal(&q.q) && back.zero.equal(&q.zero) && back.scale.equal(&q.scale));
+            }
             if bits == 4 {
-                let packed = awq(&q).unwrap();
+                let packed = awq(&q, Kind::Half).unwrap();
                 let back = from_awq(&packed[0].1, &packed[1].1, &packed[2].1).unwrap();
                 assert!(back.q.equal(&q.q) && back.zero.equal(&q.zero));
             }
         }
         let narrow = quantize_group(&w.narrow(0, 0, 5), &QuantSpec::weights(4, 32)).unwrap();
-        assert!(awq(&narrow).unwrap_err().to_string().contains("5 outputs"));
+        assert!(awq(&narrow, Kind::Half).unwrap_err().to_string().contains("5 outputs"));
+    }
+    #[test]
+    fn scales_beyond_float16_keep_their_bits() {
+        let w = Tensor::randn([8, 32], (Kind::Float, Device::Cpu));
+        let q = quantize_group(&w, &QuantSpec::weights(4, 32)).unwrap();
+        let kind = |q: &QTensor, exact| packed(q, 4, exact).unwrap()[1].1.kind();
+        assert_eq!((kind(&q, false), kind(&q, true)), (Kind::Half, Kind::Float));
+        let half = q.scale.to_kind(Kind::Half).to_kind(Kind::Float);
+        let [small, large] = [&half * 1e-6, &half * 1e6];
+        for (scale, expected) in [(half, Kind::Half), (small, Kind::Float), (large, Kind::Float)] {
+            let q = QTensor { q: q.q.shallow_clone(), zero: q.zero.shallow_clone(), scale };
+            assert_eq!((kind(&q, false), kind(&q, true)), (expected, expected));
+        }
     }
 }

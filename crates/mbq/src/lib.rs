@@ -14,7 +14,8 @@
 //! | all layers, resumable, and the files | [`calibrate`], [`artefact`] |
 //! | folding and rounding | [`fold`], [`quantize`], [`apply`] |
 //! | rivals, and MBQ, behind one trait | [`methods`] with [`clip`], [`gptq`], [`smooth`] |
-//! | files that engines load | [`layout`], [`export`] |
+//! | files that engines load, from one layout to another | [`layout`], [`export`], [`convert`] |
+//! | such files read, and models run from them, also in other binaries | [`stored`], [`packed`], [`plugin`] |
 //! | which layers of a model are quantized | [`inventory`] |
 //! | how a model is measured and answers are scored | [`evaluation`] |
 //! | tiny models, and what they show | [`nano`], [`study`] |
@@ -25,6 +26,7 @@ pub mod batch;
 pub mod calibrate;
 pub mod candidates;
 pub mod clip;
+pub mod convert;
 pub mod data;
 mod error;
 pub mod evaluation;
@@ -40,6 +42,8 @@ pub mod memory;
 pub mod methods;
 pub mod nano;
 pub mod operators;
+pub mod packed;
+pub mod plugin;
 mod progress;
 pub mod prompt;
 pub mod quantize;
@@ -47,6 +51,7 @@ pub mod run;
 pub mod search;
 pub mod sensitivity;
 pub mod smooth;
+pub mod stored;
 pub mod study;
 
 pub use error::{Error, Result};

@@ -1,4 +1,4 @@
-//! `mbq`: calibrates, quantizes and measures the language model of a checkpoint, and shows what was found.
+//! `mbq`: calibrates, quantizes and measures the language model of a checkpoint, shows what was found, and answers with it.
 
 mod commands;
 
@@ -29,6 +29,12 @@ enum Command {
     Quantize(commands::quantize::Quantize),
     /// Measure a model on benchmarks of questions about images; resumable, in shards
     Eval(commands::eval::Eval),
+    /// Answer a prompt about images or text with a packed, an exported or a dense model
+    Generate(commands::generate::Generate),
+    /// Write a quantized checkpoint in our own layout, which runs packed
+    Pack(commands::pack::Pack),
+    /// Write a packed checkpoint in a layout that other engines load
+    Export(commands::pack::Export),
     /// Show what a calibration has found
     Inspect(commands::inspect::Inspect),
     /// Study nano models: every method at every width
@@ -46,6 +52,9 @@ fn main() -> ExitCode {
         Command::Calibrate(command) => command.run(cli.log.quiet),
         Command::Quantize(command) => command.run(cli.log.quiet),
         Command::Eval(command) => command.run(cli.log.quiet),
+        Command::Generate(command) => command.run(cli.log.quiet),
+        Command::Pack(command) => command.run(cli.log.quiet),
+        Command::Export(command) => command.run(cli.log.quiet),
         Command::Inspect(command) => command.run(),
         Command::Study(command) => command.run(cli.log.quiet),
         Command::Train(command) => command.run(cli.log.quiet),

@@ -86,6 +86,11 @@ impl QuantSpec {
         Err(Error::GroupDoesNotDivide { name: name.to_owned(), group: self.group, input })
     }
 
+    /// The integers behind a weight `[out, in]` after rounding.
+    pub fn codes(&self, w: &Tensor) -> Result<QTensor> {
+        if self.act_bits.is_some() { quantize_rows(w, self.bits) } else { quantize_group(w, self) }
+    }
+
     /// A weight `[out, in]` after rounding.
     pub fn weight(&self, w: &Tensor) -> Result<Tensor> {
         if self.act_bits.is_some() { fake_quant_rows(w, self.bits) } else { fake_quant_group(w, self) }
@@ -202,6 +207,17 @@ fn symmetric(x: &Tensor, absmax: &Tensor, bits: u8) -> Result<Tensor> {
     let most = f64::from((1i32 << (bits - 1)) - 1);
     let scale = absmax.f_clamp_min(LEAST)?.f_div_scalar(most)?;
     Ok(x.f_div(&scale)?.f_round()?.f_clamp(-most - 1.0, most)?.f_mul(&scale)?)
+}
+
+/// The integers behind [`fake_quant_rows`] of a weight, with float32 scales: those from `−2^(b−1)` on are kept from 0 on, so
+/// that every zero point is `2^(b−1)`.
+pub fn quantize_rows(w: &Tensor, bits: u8) -> Result<QTensor> {
+    let w = w.f_to_kind(Kind::Float)?;
+    let most = f64::from((1i32 << (bits - 1)) - 1);
+    let scale = w.f_abs()?.f_amax(-1i64, true)?.f_clamp_min(LEAST)?.f_div_scalar(most)?;
+    let q = w.f_div(&scale)?.f_round()?.f_clamp(-most - 1.0, most)?.f_add_scalar(most + 1.0)?;
+    let zero = Tensor::f_full(scale.size(), 1i64 << (bits - 1), (Kind::Uint8, w.device()))?;
+    Ok(QTensor { q: q.f_to_kind(Kind::Uint8)?, scale, zero })
 }
 
 /// Rounded symmetrically with one scale for each slice along the last axis: a weight by row, an activation by token.

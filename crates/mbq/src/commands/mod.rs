@@ -3,8 +3,10 @@
 pub mod calibrate;
 pub mod data;
 pub mod eval;
+pub mod generate;
 pub mod inspect;
 pub mod opened;
+pub mod pack;
 pub mod prepare_data;
 pub mod quantize;
 pub mod sensitivity;

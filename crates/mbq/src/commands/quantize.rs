@@ -4,18 +4,20 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use mbq::QuantSpec;
 use mbq::apply::{Rounded, fold_scales, round};
 use mbq::artefact::Scales;
 use mbq::calibrate::Running;
 use mbq::clip::ClipConfig;
-use mbq::export::{Layout, export};
+use mbq::export::{Layout, Made, export};
 use mbq::gptq::GptqConfig;
 use mbq::methods::{Awq, Gptq, Mbq, Method, Rtn, SmoothQuant, Task};
 use mbq::operators::check_groups;
 use nics_base::exit::Usage;
 use nics_base::interrupt::Interrupt;
 use nics_core::cli::ModelArgs;
-use nics_core::models::Model;
+use nics_core::models::{Model, ModelDims};
+use nics_kernels::packed::Packed;
 
 use super::calibrate::{LimitArgs, SearchArgs, bar};
 use super::data::{DataArgs, report};
@@ -46,8 +48,8 @@ pub struct Quantize {
     search: SearchArgs,
     #[command(flatten)]
     limits: LimitArgs,
-    /// How weights are stored: dense (rounded, in the model's dtype), autoawq (4 bits), gptq (2, 3, 4, 8 bits),
-    /// compressed-tensors (4, 8 bits)
+    /// How weights are stored: dense (rounded, in the model's dtype), packed (our own: 2 to 8 bits, activations too), autoawq
+    /// (4 bits), gptq (2, 3, 4, 8 bits), compressed-tensors (4, 8 bits)
     #[arg(long, value_name = "LAYOUT", default_value_t = Layout::Dense)]
     layout: Layout,
     /// Folder of the quantized checkpoint; it must not exist
@@ -70,6 +72,19 @@ enum Name {
     Smoothquant,
     /// Rounding to nearest
     Rtn,
+}
+
+/// Says beforehand that layers in our own layout will have no kernel.
+fn kernels(layout: Layout, dims: &ModelDims, spec: &QuantSpec) {
+    if layout != Layout::Packed {
+        return;
+    }
+    for input in [dims.hidden, dims.heads * dims.head_dim, dims.intermediate] {
+        let group = if spec.act_bits.is_some() || spec.group == -1 { input } else { spec.group };
+        if let Err(e) = Packed::check(u32::from(spec.bits), input as usize, group as usize) {
+            tracing::warn!("no kernel for {e}: what is written will be run in a slower way");
+        }
+    }
 }
 
 impl Quantize {
@@ -103,6 +118,7 @@ impl Quantize {
             let scales = Scales::read(dir, &opened.origin)?;
             let spec = scales.config.search.spec;
             self.layout.check(&spec)?;
+            kernels(self.layout, opened.model.decoder().dims(), &spec);
             let decoder = opened.model.decoder_mut();
             fold_scales(decoder, &opened.names, &scales.layers)?;
             (spec, round(decoder, &opened.names, &spec)?)
@@ -110,10 +126,17 @@ impl Quantize {
             let spec = self.method().spec();
             self.layout.check(&spec)?;
             check_groups(opened.model.decoder().dims(), &opened.names, &spec)?;
+            kernels(self.layout, opened.model.decoder().dims(), &spec);
             (spec, self.by_method(&mut opened, &interrupt, quiet)?)
         };
-        let Opened { checkpoint, model, names, .. } = &mut opened;
-        export(model, names, &rounded, &spec, checkpoint, self.layout, &self.out)?;
+        let Opened { checkpoint, model, names, origin } = &mut opened;
+        let method = match &self.scales {
+            Some(_) => Name::Mbq,
+            None => self.method,
+        };
+        let method = method.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
+        let made = Made { method, source: origin.clone() };
+        export(model, names, &rounded, &spec, &made, checkpoint, self.layout, &self.out)?;
         let s = &rounded.summary;
         println!(
             "{} linear layers of {} decoder layers, {} weights: {}, stored as {}",

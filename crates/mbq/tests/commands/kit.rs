@@ -141,6 +141,11 @@ impl Family {
         to
     }
 
+    /// Its picture.
+    pub fn image(&self) -> PathBuf {
+        fixtures(self.name).join(self.picture)
+    }
+
     /// Captions of its picture, the last of text alone.
     pub fn captions(&self, dir: &Path) -> PathBuf {
         let line = |i: usize| {

@@ -2,8 +2,10 @@
 
 mod eval;
 mod extras;
+mod generate;
 mod kills;
 mod kit;
+mod packed;
 mod prepare;
 mod refusals;
 mod sensitivity;

@@ -127,11 +127,11 @@ fn packed_layouts() {
         scale: case.tensor("scales").shallow_clone(),
         zero: case.tensor("zeros").to_kind(Kind::Uint8),
     };
-    let packed = awq(&q("ints")).unwrap();
+    let packed = awq(&q("ints"), Kind::Half).unwrap();
     for ((name, found), key) in packed.iter().zip(["qweight", "qzeros", "awq_scales_f16"]) {
         assert_same(found, case.tensor(key), name);
         assert_eq!(found.kind(), case.tensor(key).kind(), "{name}");
     }
-    let packed = gptq(&q("ints3"), 3, Zeros::Exact).unwrap();
+    let packed = gptq(&q("ints3"), 3, Zeros::Exact, Kind::Half).unwrap();
     assert_same(&packed[0].1, case.tensor("gptq3_qweight"), packed[0].0);
 }
