@@ -1,6 +1,8 @@
 //! Commands that are cargo's, with set-up in front: `check`, `test`, `install`, and building programs.
 
+use std::collections::BTreeMap;
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -86,10 +88,34 @@ pub fn check(ws: &Workspace, interrupt: &Interrupt) -> Result<()> {
 /// How names of tests begin that need a GPU.
 const ON_A_GPU: &str = "on_a_gpu";
 
+/// Features with which a binary takes in another method, `CRATE/with-METHOD`: their tests are the workspace's, too.
+fn composed(ws: &Workspace) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Manifest {
+        #[serde(default)]
+        features: BTreeMap<String, toml::Value>,
+    }
+    let mut found = Vec::new();
+    for (name, folder) in ws.packages()? {
+        let manifest = folder.join("Cargo.toml");
+        let text =
+            fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+        let parsed: Manifest =
+            toml::from_str(&text).with_context(|| format!("cannot read {}", manifest.display()))?;
+        let with = parsed.features.into_keys().filter(|feature| feature.starts_with("with-"));
+        found.extend(with.map(|feature| format!("{name}/{feature}")));
+    }
+    Ok(found)
+}
+
 /// The tests of the workspace; `long` adds those marked `#[ignore]`.
 pub fn test(ws: &Workspace, long: bool, interrupt: &Interrupt) -> Result<()> {
     let mut command = cargo(ws);
     command.args(["test", "--workspace"]);
+    let composed = composed(ws)?;
+    if !composed.is_empty() {
+        command.args(["--features", &composed.join(",")]);
+    }
     if long {
         command.args(["--", "--include-ignored"]);
         if !doctor::has_cuda(ws) {

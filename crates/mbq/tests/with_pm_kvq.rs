@@ -7,7 +7,6 @@ mod kit;
 
 use serde_json::Value;
 
-use crate::args;
 use crate::kit::{FAMILIES, run};
 
 #[test]

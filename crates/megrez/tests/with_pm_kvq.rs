@@ -1,18 +1,15 @@
 //! `--kv pm-kvq:SETTINGS` of the binary, which the feature `with-pm-kvq` gives it.
 
+#[path = "support/server.rs"]
+mod server;
 mod support;
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
+use server::Server;
 use support::*;
 
-/// No claim about speed: a busy machine is slow.
-const LIVENESS: Duration = Duration::from_secs(120);
 const QUESTION: &str = "Tom has 3 apples and buys 4 more. How many apples does he have?";
 
 fn nano() -> PathBuf {
@@ -72,48 +69,9 @@ fn settings_that_are_wrong_are_one_line() {
     assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
 }
 
-/// A running server; ended with the test.
-struct Server(Child, String);
-
-impl Server {
-    fn start(kv: &str) -> Self {
-        let mut command = megrez(args!["serve", "--model", golden(), "--port", "0", "--kv", kv]);
-        command.env_remove("MEGREZ_API_KEY");
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let stderr = child.stderr.take().unwrap();
-        let (send, receive) = mpsc::channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if let Some(url) = line.strip_prefix("listening on ") {
-                    let _ = send.send(url.to_owned());
-                }
-            }
-        });
-        let url = receive.recv_timeout(LIVENESS).expect("it says where it listens");
-        Self(child, url)
-    }
-
-    fn complete(&self, body: &Value) -> Value {
-        let config = ureq::Agent::config_builder().http_status_as_error(false).proxy(None);
-        let agent = ureq::Agent::new_with_config(config.timeout_global(Some(LIVENESS)).build());
-        let request = agent.post(format!("{}/v1/completions", self.1)).content_type("application/json");
-        let mut answer = request.send(body.to_string()).unwrap();
-        let text = answer.body_mut().read_to_string().unwrap();
-        assert_eq!(answer.status(), 200, "{text}");
-        serde_json::from_str(&text).unwrap()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_server_ends_replies_where_their_budget_does_and_goes_on_serving() {
-    let server = Server::start("pm-kvq:window=8,min-bits=4,max-len=50");
+    let server = Server::start(args!["--model", golden(), "--kv", "pm-kvq:window=8,min-bits=4,max-len=50"]);
     let ids: Vec<u32> = (0..20).map(|i| 1 + i * 7 % 250).collect();
     for _ in 0..3 {
         let reply = server

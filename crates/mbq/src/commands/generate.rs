@@ -18,7 +18,7 @@ use nics_core::seam::KvCache;
 use nics_core::template::RenderOptions;
 use nics_core::text::TextStream;
 use nics_core::tokenizer::Tokenizer;
-use nics_core::vision::{Media, RgbImage, TokenKind, picture};
+use nics_core::vision::{Media, Processor, RgbImage, TokenKind, picture};
 use serde::Serialize;
 use serde_json::json;
 
@@ -235,7 +235,7 @@ impl Speaker {
         };
         let dims = self.model.decoder().dims();
         let placeholders =
-            self.prompter.as_ref().and_then(|p| p.processor.as_ref()).map(|p| p.placeholders());
+            self.prompter.as_ref().and_then(|p| p.processor.as_ref()).map(Processor::placeholders);
         if let Some(id) = ids.iter().find(|&&id| {
             i64::from(id) >= dims.vocab && placeholders.is_none_or(|p| p.image != id && p.video != Some(id))
         }) {

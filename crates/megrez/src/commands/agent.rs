@@ -15,7 +15,7 @@ use megrez::prompts::Prompts;
 use nics_base::exit::Usage;
 use nics_base::interrupt::Interrupt;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg, env_key};
+use nics_core::cli::{DeviceArgs, JsonArg, PluggedModelArgs, PluginArgs, SeedArg, env_key};
 
 use super::Loaded;
 use super::lines::{Lines, Said};
@@ -160,11 +160,15 @@ impl Agent {
             let talker = RemoteTalker::connect(url, self.served_name.as_deref(), key, counting, timeout)?;
             return Ok(Box::new(talker));
         }
-        let args = ModelArgs { model: self.model.clone().unwrap_or_default(), run_on: self.run_on.clone() };
+        let args = PluggedModelArgs {
+            model: self.model.clone(),
+            run_on: self.run_on.clone(),
+            plugins: self.plugins.clone(),
+        };
         if !self.plugins.hook.is_empty() {
             return Err(Usage("--hook does not go with the agent".into()).into());
         }
-        let Loaded { megrez, cache, .. } = Loaded::open(&args, &self.plugins)?;
+        let Loaded { megrez, cache, .. } = Loaded::open(&args)?;
         Ok(Box::new(LocalTalker::new(megrez, cache, &prompts.functions)))
     }
 

@@ -10,7 +10,7 @@ use megrez::bench::{ClientRun, Protocol, Run, Spread, Target, measure, measure_s
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
-use nics_core::cli::{DeviceArgs, JsonArg, ModelArgs, PluginArgs, SeedArg, env_key};
+use nics_core::cli::{DeviceArgs, JsonArg, PluggedModelArgs, PluginArgs, SeedArg, env_key};
 use nics_core::device::{device_name, dtype_name};
 use nics_core::models::{self, Decoder, Model};
 use nics_core::seam::{KvCache, LayerHook};
@@ -260,9 +260,13 @@ impl Bench {
     /// The model, its cache and a prompt.
     fn subject(&self, protocol: &Protocol) -> Result<Subject> {
         if let Some(model) = &self.model {
-            let args = ModelArgs { model: model.clone(), run_on: self.run_on.clone() };
-            let threads = args.set_threads()?;
-            let loaded = Loaded::open(&args, &self.plugins)?;
+            let args = PluggedModelArgs {
+                model: Some(model.clone()),
+                run_on: self.run_on.clone(),
+                plugins: self.plugins.clone(),
+            };
+            let threads = self.run_on.set_threads()?;
+            let loaded = Loaded::open(&args)?;
             let (device, dtype) = loaded.place();
             let Loaded { megrez: Megrez { decoder, prompter, name, .. }, cache, hook, variant, .. } = loaded;
             // The vendor's prompt; how many tokens it has depends on the tokenizer.
@@ -277,7 +281,7 @@ impl Bench {
         let device = self.run_on.device.open()?;
         let kind = self.run_on.dtype.resolve(stored);
         let mut decoder = models::random(config, device, kind, self.seed.seed)?;
-        let Plugged { cache, hook, variant } = Plugged::into(&mut decoder, &self.plugins)?;
+        let Plugged { cache, hook, variant } = Plugged::into(&mut decoder, &self.plugins, false)?;
         let about = About {
             model: format!("{source} (random weights)"),
             variant,

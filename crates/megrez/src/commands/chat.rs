@@ -7,7 +7,7 @@ use clap::Args;
 use megrez::chat::Conversation;
 use nics_base::artefact::write_atomic;
 use nics_base::interrupt::Interrupt;
-use nics_core::cli::{ModelArgs, PluginArgs, SamplingArgs, SeedArg};
+use nics_core::cli::{PluggedModelArgs, SamplingArgs, SeedArg};
 use nics_core::generate::{Generator, Prompt, Request};
 use nics_core::models::Model;
 use nics_core::sampling::Sampling;
@@ -24,11 +24,9 @@ use super::lines::{Lines, Said};
 #[derive(Args)]
 pub struct Chat {
     #[command(flatten)]
-    model: ModelArgs,
+    model: PluggedModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    #[command(flatten)]
-    plugins: PluginArgs,
     #[command(flatten)]
     seed: SeedArg,
     /// What the model is told about its role; default: the template's own sentence
@@ -41,7 +39,7 @@ pub struct Chat {
 
 impl Chat {
     pub fn run(self) -> Result<()> {
-        let mut loaded = Loaded::open(&self.model, &self.plugins)?;
+        let mut loaded = Loaded::open(&self.model)?;
         loaded.megrez.prompter.allow_special = self.allow_special;
         let sampling = self.sampling.over(&loaded.megrez.sampling)?;
         let context = loaded.megrez.decoder.dims().context;

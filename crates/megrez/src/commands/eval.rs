@@ -10,7 +10,7 @@ use nics_base::interrupt::Interrupt;
 use nics_base::jsonl;
 use nics_base::progress::Progress;
 use nics_base::row::{self, Row};
-use nics_core::cli::{JsonArg, ModelArgs, PluginArgs, SamplingArgs, SeedArg, ShardArg};
+use nics_core::cli::{JsonArg, PluggedModelArgs, SamplingArgs, SeedArg, ShardArg};
 
 use super::Loaded;
 
@@ -22,11 +22,9 @@ use super::Loaded;
 #[derive(Args)]
 pub struct Eval {
     #[command(flatten)]
-    model: ModelArgs,
+    model: PluggedModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    #[command(flatten)]
-    plugins: PluginArgs,
     #[command(flatten)]
     seed: SeedArg,
     #[command(flatten)]
@@ -88,7 +86,7 @@ impl Eval {
             seed: self.seed.seed,
         };
         let items = items(&selection)?;
-        let mut loaded = Loaded::open(&self.model, &self.plugins)?;
+        let mut loaded = Loaded::open(&self.model)?;
         let greedy = nics_core::sampling::Sampling { seed: self.seed.seed, ..Default::default() };
         let settings = Settings {
             selection,

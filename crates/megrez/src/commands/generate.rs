@@ -8,7 +8,7 @@ use nics_base::hash;
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
 use nics_core::cli::{
-    Given, ModelArgs, OutArg, PluginArgs, PromptArgs, PromptLine, Replies, SamplingArgs, SeedArg,
+    Given, OutArg, PluggedModelArgs, PromptArgs, PromptLine, Replies, SamplingArgs, SeedArg,
 };
 use nics_core::generate::{Finish, Generator, Prompt, Request, run as generate};
 use nics_core::sampling::Sampling;
@@ -26,11 +26,9 @@ use super::Loaded;
 #[derive(Args)]
 pub struct Generate {
     #[command(flatten)]
-    model: ModelArgs,
+    model: PluggedModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    #[command(flatten)]
-    plugins: PluginArgs,
     #[command(flatten)]
     seed: SeedArg,
     #[command(flatten)]
@@ -68,7 +66,7 @@ struct Reply {
 impl Generate {
     pub fn run(self, quiet: bool) -> Result<()> {
         let lines = self.prompts.lines()?;
-        let mut loaded = Loaded::open(&self.model, &self.plugins)?;
+        let mut loaded = Loaded::open(&self.model)?;
         loaded.megrez.prompter.allow_special = self.allow_special;
         let megrez = &loaded.megrez;
         let sampling = self.sampling.over(&megrez.sampling)?;

@@ -16,7 +16,7 @@ pub mod train;
 use anyhow::Result;
 use megrez::Megrez;
 use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::{ModelArgs, PluginArgs, PluginSpec};
+use nics_core::cli::{PluggedModelArgs, PluginArgs, PluginSpec};
 use nics_core::device::{device_name, dtype_name};
 use nics_core::models::{self, Decoder, Model};
 use nics_core::plugin::Plugins;
@@ -25,6 +25,8 @@ use nics_core::seam::{KvCache, LayerHook};
 /// The plug-ins that this binary was built with.
 fn plugins_of_binary() -> Plugins {
     let plugins = Plugins::default();
+    #[cfg(feature = "with-mbq")]
+    let plugins = plugins.with(mbq::plugin::Mbq);
     #[cfg(feature = "with-pm-kvq")]
     let plugins = plugins.with(pm_kvq::plugin::PmKvq);
     plugins
@@ -39,10 +41,10 @@ pub struct Plugged {
 }
 
 impl Plugged {
-    /// Plugs what the flags ask for into a model.
-    pub fn into(decoder: &mut Decoder, plugins: &PluginArgs) -> Result<Self> {
+    /// Plugs what the flags ask for into a model. `weights_are_in` when those of `--weights` were loaded with it.
+    pub fn into(decoder: &mut Decoder, plugins: &PluginArgs, weights_are_in: bool) -> Result<Self> {
         let known = plugins_of_binary();
-        if let Some(PluginSpec { name, spec }) = &plugins.weights {
+        if let Some(PluginSpec { name, spec }) = plugins.weights.as_ref().filter(|_| !weights_are_in) {
             known.weights(name, spec, decoder)?;
         }
         let kv = plugins.kv.as_ref().map(|p| (p.name.as_str(), p.spec.as_str()));
@@ -72,13 +74,14 @@ pub struct Loaded {
 
 impl Loaded {
     /// Loads the model of `args`.
-    pub fn open(args: &ModelArgs, plugins: &PluginArgs) -> Result<Self> {
-        args.set_threads()?;
-        let checkpoint = Checkpoint::open(&args.model)?;
+    pub fn open(args: &PluggedModelArgs) -> Result<Self> {
+        args.run_on.set_threads()?;
+        let (checkpoint, weights_are_in) = args.checkpoint(&plugins_of_binary())?;
         let device = args.run_on.device.open()?;
         let stored = models::stored_kind(&checkpoint);
         let mut megrez = Megrez::load(&checkpoint, device, args.run_on.dtype.resolve(stored))?;
-        let Plugged { cache, hook, variant } = Plugged::into(&mut megrez.decoder, plugins)?;
+        let Plugged { cache, hook, variant } =
+            Plugged::into(&mut megrez.decoder, &args.plugins, weights_are_in)?;
         Ok(Self { megrez, checkpoint, cache, hook, variant })
     }
 

@@ -8,12 +8,11 @@ use clap::Args;
 use megrez::prompts::Prompts;
 use megrez::serve::MegrezFrontend;
 use nics_base::exit::Usage;
-use nics_core::checkpoint::Checkpoint;
-use nics_core::cli::{ModelArgs, PluginArgs, at_least_one};
+use nics_core::cli::{PluggedModelArgs, at_least_one};
 use nics_core::models::Model;
 use nics_core::server::{Driver, ServeArgs, TextEngine, TextSettings, serve_until_signal};
 
-use super::Loaded;
+use super::{Loaded, plugins_of_binary};
 
 /// Answers OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, /tokenize, /detokenize, /health, /metrics.
 ///
@@ -23,9 +22,7 @@ use super::Loaded;
 #[derive(Args)]
 pub struct Serve {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    plugins: PluginArgs,
+    model: PluggedModelArgs,
     #[command(flatten)]
     http: ServeArgs,
     /// Most prompt tokens that are read between two steps of writing
@@ -44,7 +41,7 @@ impl Serve {
         let config = self.http.config("MEGREZ_API_KEY")?;
         config.validate().map_err(|e| Usage(e.to_string()))?;
         let prompts = self.prompts.as_deref().map_or_else(|| Ok(Prompts::default()), Prompts::read)?;
-        let checkpoint = Checkpoint::open(&self.model.model)?;
+        let (checkpoint, _) = self.model.checkpoint(&plugins_of_binary())?;
         let name = self.http.served_name.clone().unwrap_or_else(|| checkpoint.name().to_owned());
         let frontend = Arc::new(MegrezFrontend::open(&checkpoint, &name, self.http.context, &prompts)?);
         serve_until_signal(config, self.http.max_queue, frontend, move |driver| self.engine(driver))?
@@ -52,7 +49,7 @@ impl Serve {
 
     /// Loads the model and answers requests; runs on the engine's thread.
     fn engine(&self, driver: Driver) -> Result<()> {
-        let mut loaded = Loaded::open(&self.model, &self.plugins)?;
+        let mut loaded = Loaded::open(&self.model)?;
         let dims = loaded.megrez.decoder.dims().clone();
         // Never more than all sequences at full length can use, twice, so that ended ones can be kept for their prefixes.
         let context = self.http.context.unwrap_or(dims.context);

@@ -92,15 +92,17 @@ struct Head {
     origin: Origin,
 }
 
-/// The contents of what [`Filed`] wrote.
-fn opened<T: DeserializeOwned>(path: &Path, json: &[u8], model: &Origin) -> Result<T> {
+/// The contents of what [`Filed`] wrote, for a model, where it is known.
+fn opened<T: DeserializeOwned>(path: &Path, json: &[u8], model: Option<&Origin>) -> Result<T> {
     let all: Value = serde_json::from_slice(json).map_err(|e| wrong(path, e))?;
     let head = Head::deserialize(&all).map_err(|e| wrong(path, e))?;
     if head.format_version != FORMAT {
         let reason = format!("format version {}, this release reads {FORMAT}", head.format_version);
         return Err(wrong(path, reason));
     }
-    check(&head.origin, path, model)?;
+    if let Some(model) = model {
+        check(&head.origin, path, model)?;
+    }
     serde_json::from_value(all).map_err(|e| wrong(path, e))
 }
 
@@ -125,7 +127,7 @@ fn read_json<T: DeserializeOwned>(path: &Path, model: &Origin) -> Result<T> {
         return Err(wrong(path, format!("{len} bytes, expected at most {MAX_JSON}")));
     }
     let text = std::fs::read(path).map_err(io)?;
-    opened(path, &text, model)
+    opened(path, &text, Some(model))
 }
 
 /// Writes a sensitivity.
@@ -207,7 +209,7 @@ pub fn write_max_keys(path: &Path, origin: &Origin, max_keys: &MaxKeys) -> Resul
 /// # Errors
 /// A file that is damaged or of another architecture, tensors of another shape, values that are negative or no numbers.
 pub fn read_max_keys(path: &Path, model: &Origin, dims: &ModelDims) -> Result<MaxKeys> {
-    let (layers, about): (_, MaxKeysNote) = read_layers(path, model, "max_key", dims)?;
+    let (layers, about): (_, MaxKeysNote) = read_layers(path, Some(model), "max_key", dims)?;
     for (l, t) in layers.iter().enumerate() {
         if t.f_min()?.f_double_value(&[])? < 0.0 {
             return Err(wrong(path, format!("layers.{l}.max_key has a negative value")));
@@ -238,9 +240,18 @@ pub fn write_scales(path: &Path, origin: &Origin, scales: &Scales, about: &Scale
 /// # Errors
 /// A file that is damaged or of another architecture, scales of another shape or out of range.
 pub fn read_scales(path: &Path, model: &Origin, dims: &ModelDims) -> Result<(Scales, ScalesNote)> {
-    let (layers, about) = read_layers(path, model, "rep_scale", dims)?;
+    let (layers, about) = read_layers(path, Some(model), "rep_scale", dims)?;
     let scales = Scales::new(&layers).map_err(|e| wrong(path, e))?;
     Ok((scales, about))
+}
+
+/// Reads key scales for a model of which no more than its dimensions is known.
+///
+/// # Errors
+/// A file that is damaged, scales of another shape or out of range.
+pub fn read_scales_of_any(path: &Path, dims: &ModelDims) -> Result<Scales> {
+    let (layers, _) = read_layers::<ScalesNote>(path, None, "rep_scale", dims)?;
+    Scales::new(&layers).map_err(|e| wrong(path, e))
 }
 
 fn write_layers<T: Serialize>(
@@ -257,7 +268,7 @@ fn write_layers<T: Serialize>(
 
 fn read_layers<T: DeserializeOwned>(
     path: &Path,
-    model: &Origin,
+    model: Option<&Origin>,
     name: &str,
     dims: &ModelDims,
 ) -> Result<(Vec<Tensor>, T)> {

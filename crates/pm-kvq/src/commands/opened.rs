@@ -64,7 +64,7 @@ impl Opened {
             let own = of(&generation["eos_token_id"]);
             if own.is_empty() { config.map(of).unwrap_or_default() } else { own }
         };
-        let own = own_sampling(&generation);
+        let own = Sampling::from_generation_config(&generation);
         Ok(Self { checkpoint, model, tokenizer, template, eos, own })
     }
 
@@ -203,21 +203,4 @@ fn watched<C: KvCache + 'static>(cache: C, layers: usize) -> (Box<dyn KvCache>, 
     let cache = Watched::new(cache, layers, |_, _| Vec::new());
     let log = cache.log();
     (Box::new(cache), log)
-}
-
-/// How a generation_config.json has tokens drawn.
-fn own_sampling(generation: &Value) -> Sampling {
-    let number = |key: &str, default: f32| generation[key].as_f64().map_or(default, |v| v as f32);
-    let repetition_penalty = number("repetition_penalty", 1.0);
-    if !generation["do_sample"].as_bool().unwrap_or(false) {
-        return Sampling { repetition_penalty, ..Sampling::default() };
-    }
-    Sampling {
-        temperature: number("temperature", 1.0),
-        top_k: generation["top_k"].as_u64().unwrap_or(0) as usize,
-        top_p: number("top_p", 1.0),
-        min_p: number("min_p", 0.0),
-        repetition_penalty,
-        ..Sampling::default()
-    }
 }

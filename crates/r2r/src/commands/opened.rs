@@ -86,6 +86,21 @@ pub fn own_sampling(checkpoint: &Checkpoint) -> Result<Sampling> {
     })
 }
 
+/// The plug-ins that this binary was built with.
+fn plugins_of_binary() -> Plugins {
+    let plugins = Plugins::default();
+    #[cfg(feature = "with-mbq")]
+    let plugins = plugins.with(mbq::plugin::Mbq);
+    #[cfg(feature = "with-pm-kvq")]
+    let plugins = plugins.with(pm_kvq::plugin::PmKvq);
+    plugins
+}
+
+/// A model's checkpoint, which may be quantized in a way that the binary reads.
+fn checkpoint(source: &str) -> Result<Checkpoint> {
+    Ok(plugins_of_binary().checkpoint(None, Some(Checkpoint::open(source)?))?.0)
+}
+
 /// Where the large model is.
 enum Large {
     Here(Box<Model>),
@@ -117,12 +132,12 @@ impl Opened {
         // What is cheap to find wrong comes before anything is loaded.
         let policy = args.policy(seed)?;
         let settings = args.large.settings()?;
-        let checkpoint = Checkpoint::open(&args.small)?;
+        let checkpoint = checkpoint(&args.small)?;
         let tokenizer = Tokenizer::from_checkpoint(&checkpoint)?;
         let (small, small_size) = load_model(args, &checkpoint, device)?;
         let (large, size) = match &args.large.large {
             LargeSpec::Local(path) => {
-                let other = Checkpoint::open(path)?;
+                let other = self::checkpoint(path)?;
                 same_tokenizer(&checkpoint, &tokenizer, &other, &Tokenizer::from_checkpoint(&other)?)?;
                 let (model, size) = load_model(args, &other, device)?;
                 (Large::Here(Box::new(model)), Some(size))
@@ -204,11 +219,8 @@ impl Opened {
 
     /// A cache as the flags have it.
     fn cache(&self, dims: &ModelDims) -> Result<Box<dyn KvCache>> {
-        let plugins = Plugins::default();
-        #[cfg(feature = "with-pm-kvq")]
-        let plugins = plugins.with(pm_kvq::plugin::PmKvq);
         let asked = self.args.kv.as_ref().map(|kv| (kv.name.as_str(), kv.spec.as_str()));
-        Ok(plugins.cache(asked, dims)?)
+        Ok(plugins_of_binary().cache(asked, dims)?)
     }
 
     /// A conversation as token ids, up to where the reply begins.
