@@ -23,6 +23,7 @@
 pub mod apply;
 pub mod artefact;
 pub mod batch;
+pub mod bench;
 pub mod calibrate;
 pub mod candidates;
 pub mod clip;

@@ -35,6 +35,8 @@ enum Command {
     Pack(commands::pack::Pack),
     /// Write a packed checkpoint in a layout that other engines load
     Export(commands::pack::Export),
+    /// Measure a decoder of a published shape with random weights, dense and packed
+    Bench(commands::bench::Bench),
     /// Show what a calibration has found
     Inspect(commands::inspect::Inspect),
     /// Study nano models: every method at every width
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Generate(command) => command.run(cli.log.quiet),
         Command::Pack(command) => command.run(cli.log.quiet),
         Command::Export(command) => command.run(cli.log.quiet),
+        Command::Bench(command) => command.run(cli.log.quiet),
         Command::Inspect(command) => command.run(),
         Command::Study(command) => command.run(cli.log.quiet),
         Command::Train(command) => command.run(cli.log.quiet),

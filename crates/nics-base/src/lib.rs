@@ -29,6 +29,7 @@ pub mod row;
 pub mod sandbox;
 pub mod shard;
 pub mod size;
+pub mod spread;
 
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -1,5 +1,6 @@
 //! The commands: parse, call, print.
 
+pub mod bench;
 pub mod calibrate;
 pub mod data;
 pub mod eval;

@@ -1,5 +1,6 @@
 //! The `mbq` binary on tiny models that see.
 
+mod bench;
 mod eval;
 mod extras;
 mod generate;
