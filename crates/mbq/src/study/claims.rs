@@ -69,8 +69,8 @@ mod tests {
         assert!(!Claims::parse(text, &study).unwrap().claim.is_empty());
         for (from, to, why) in [
             ("MBQ, MAE", "MBQ, MAP", "\"MBQ, MAP\""),
-            ("w4a4", "w4a5", "w4a5"),
-            ("quant", "quants", "quants"),
+            ("\"w4a4\"", "\"w4a5\"", "w4a5"),
+            ("quant =", "quants =", "quants"),
         ] {
             assert!(text.contains(from), "{from}");
             let error = Claims::parse(&text.replacen(from, to, 1), &study).unwrap_err();
