@@ -51,7 +51,9 @@ impl Plugin for Mbq {
     }
 
     fn checkpoint(&self, model: Option<&Checkpoint>, spec: &str) -> nics_core::Result<Option<Checkpoint>> {
-        let wrong = |e| nics_core::Error::Input(format!("--weights mbq:{spec}: {e}"));
+        // Without a specification a checkpoint that is quantized asked for us, not a flag.
+        let flag = if spec.is_empty() { String::new() } else { format!("--weights mbq:{spec}: ") };
+        let wrong = |e| nics_core::Error::Input(format!("{flag}{e}"));
         checkpoint(model, spec).map(Some).map_err(wrong)
     }
 }

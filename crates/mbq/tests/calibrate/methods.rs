@@ -22,17 +22,14 @@ fn error(method: &dyn Method, chunk: Option<usize>) -> f64 {
     let made = method.quantize(&mut decoder, task).unwrap();
     assert_eq!(made.rounded.summary.layers, 3);
     assert_eq!(made.rounded.summary.spec, method.spec().to_string());
-    if method.spec().act_bits.is_none() {
-        // The integers are those of the model.
-        for (layer, codes) in decoder.layers.iter_mut().zip(&made.rounded.codes) {
-            assert_eq!(codes.iter().map(|(r, _)| *r).collect::<Vec<_>>(), Role::of(layer));
-            let weights = LayerWeights::of(layer).unwrap();
-            for (role, code) in codes {
-                assert!(code.dequantize().unwrap().equal(&weights.linear(*role).unwrap().weight));
-            }
+    // The integers are those of the model.
+    assert_eq!(made.rounded.codes.len(), decoder.layers.len());
+    for (layer, codes) in decoder.layers.iter_mut().zip(&made.rounded.codes) {
+        assert_eq!(codes.iter().map(|(r, _)| *r).collect::<Vec<_>>(), Role::of(layer));
+        let weights = LayerWeights::of(layer).unwrap();
+        for (role, code) in codes {
+            assert!(code.dequantize().unwrap().equal(&weights.linear(*role).unwrap().weight));
         }
-    } else {
-        assert!(made.rounded.codes.is_empty());
     }
     (logits(&decoder, &batch) - float).square().mean(Kind::Double).double_value(&[])
 }

@@ -207,6 +207,12 @@ fn indices() -> Vec<Case> {
 
 fn configurations() -> Vec<Case> {
     const FILE: &str = "m/config.json";
+    /// What is said of quantized weights by a binary that reads none, and by one that misses their groups.
+    const QUANTIZED: &[&str] = if cfg!(feature = "with-mbq") {
+        &[FILE, "quantization_config", "group_size"]
+    } else {
+        &[FILE, "quantized (gptq)", "original checkpoint"]
+    };
     vec![
         damaged("config.json missing", &["m has no config.json"], |m| remove(m, "config.json")),
         damaged("config.json is not JSON", &[FILE, "line 1 column 19"], |m| {
@@ -239,7 +245,7 @@ fn configurations() -> Vec<Case> {
             },
         ),
         config("no architecture", &[FILE, "architectures"], |c| c["architectures"] = json!([])),
-        config("quantized weights", &[FILE, "quantized (gptq)", "original checkpoint"], |c| {
+        config("quantized weights", QUANTIZED, |c| {
             c["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
         }),
         config("unknown rope type", &[FILE, "longrope"], |c| {
