@@ -42,7 +42,7 @@ use crate::{Error, Result};
 pub use nics_base::cli::*;
 pub use prompts::{Given, PromptArgs, PromptLine};
 pub use replies::Replies;
-pub use training::TrainingBars;
+pub use training::{ModelsOfRecipeArgs, TrainingBars};
 
 /// `--model`, `--device`, `--dtype`, `--threads`.
 #[derive(Debug, Clone, Args)]

@@ -1,8 +1,57 @@
-//! Progress of trainings on the terminal.
+//! Flags of trainings, and their progress on the terminal.
 
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress as Bar;
+use tch::Device;
 
+use super::{DeviceArgs, training_state};
 use crate::train::Progress;
+
+/// Flags of a command that trains the models of a recipe, one for each seed.
+#[derive(Debug, Clone, Args)]
+pub struct ModelsOfRecipeArgs {
+    /// The recipe (TOML)
+    #[arg(long, short, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Folder of the models
+    #[arg(long, short, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Folder of the runs' state; default: OUT with `.training` behind it
+    #[arg(long, value_name = "FOLDER")]
+    pub state: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub run_on: DeviceArgs,
+}
+
+/// Hears how the training of a seed's model goes.
+type Report<'a> = &'a mut dyn FnMut(u64, Progress);
+
+impl ModelsOfRecipeArgs {
+    /// Calls `train` with state, folder of the models, device and interrupt, and shows what it reports.
+    ///
+    /// # Errors
+    /// A device that there is not, signals that cannot be caught, and what `train` returns.
+    pub fn run<E: From<crate::Error> + From<std::io::Error>>(
+        &self,
+        quiet: bool,
+        train: impl FnOnce(&Path, &Path, Device, &Interrupt, Report) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.run_on.set_threads()?;
+        let device = self.run_on.device.open()?;
+        let state = training_state(self.state.as_deref(), &self.out);
+        let interrupt = Interrupt::install()?;
+        let mut bars = TrainingBars::new(quiet);
+        train(&state, &self.out, device, &interrupt, &mut |seed, p| {
+            bars.show(format!("model of seed {seed}"), &p);
+        })?;
+        bars.finish();
+        Ok(())
+    }
+}
 
 /// A bar for each of several runs, one after the other.
 pub struct TrainingBars {
