@@ -20,7 +20,7 @@ fn name(batch: usize) -> String {
 
 /// Runs the suite.
 pub fn run(settings: &Settings) -> Result<()> {
-    let shape = Shape::of(settings);
+    let shape = Shape::of(settings)?;
     let contexts: &[usize] = settings.pick(&[0, 2048], &[0, 2048], &[0, 16]);
     let batches: &[usize] = settings.pick(&[1, 4, 16], &[1], &[1, 3]);
     for kind in [Kind::Float, Kind::BFloat16] {

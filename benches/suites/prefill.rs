@@ -17,7 +17,7 @@ const AXIS: &str = "prompt (tokens)";
 
 /// Runs the suite.
 pub fn run(settings: &Settings) -> Result<()> {
-    let shape = Shape::of(settings);
+    let shape = Shape::of(settings)?;
     let rows = settings.pick(512, 512, 24);
     for kind in [Kind::Float, Kind::BFloat16] {
         let dtype = dtype_name(kind);

@@ -34,7 +34,7 @@ const PROMPT: usize = 32;
 
 /// Runs the suite.
 pub fn run(settings: &Settings) -> Result<()> {
-    let shape = Shape::of(settings);
+    let shape = Shape::of(settings)?;
     let all = [(Kind::BFloat16, &[1usize, 4, 16][..]), (Kind::Float, &[1][..])];
     let (one, few) = ([(Kind::BFloat16, &[1usize][..])], [(Kind::Float, &[1usize, 3][..])]);
     for &(kind, clients) in settings.pick(&all[..], &one[..], &few[..]) {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use nics_core::models::{self, Decoder, DecoderConfig, Model, ModelDims};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::settings::{Settings, Size};
 
@@ -15,30 +15,35 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Qwen2.5-0.5B; a tiny model of the same family in miniature.
-    pub fn of(settings: &Settings) -> Self {
-        let mut json = json!({
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-            "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-            "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6, "tie_word_embeddings": true, "sliding_window": 32_768, "max_window_layers": 24,
-            "use_sliding_window": false, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": true,
-            "bos_token_id": 0, "eos_token_id": 0
-        });
+    /// Qwen2.5-0.5B with the fields that peers ask for beside the sizes; a tiny model of the same family in miniature.
+    pub fn of(settings: &Settings) -> Result<Self> {
+        let preset =
+            models::PRESETS.iter().find(|p| p.name == "qwen2.5-0.5b").context("there is no such preset")?;
+        let mut json = preset.json();
+        let mut set = |field: &str, value: Value| json.insert(field.to_owned(), value);
+        for (field, value) in
+            [("sliding_window", 32_768), ("max_window_layers", 24), ("bos_token_id", 0), ("eos_token_id", 0)]
+        {
+            set(field, value.into());
+        }
+        set("attention_dropout", 0.0.into());
+        set("initializer_range", 0.02.into());
+        set("use_cache", true.into());
         if settings.size != Size::Miniature {
-            return Self { name: "Qwen2.5-0.5B (random weights)", json };
+            return Ok(Self { name: "Qwen2.5-0.5B (random weights)", json: json.into() });
         }
         for (field, value) in [
             ("hidden_size", 64),
             ("intermediate_size", 96),
             ("num_hidden_layers", 2),
             ("num_attention_heads", 4),
+            ("head_dim", 16),
             ("vocab_size", 320),
             ("max_position_embeddings", 512),
         ] {
-            json[field] = value.into();
+            set(field, value.into());
         }
-        Self { name: "tiny (random weights)", json }
+        Ok(Self { name: "tiny (random weights)", json: json.into() })
     }
 
     /// The decoder's configuration.
