@@ -6,6 +6,7 @@ mod panels;
 use std::cell::RefCell;
 use std::sync::Once;
 
+use nics_kernels::ValuesMut;
 use nics_kernels::packed::{Packed, PackedProduct, Rounding, packed};
 use tch::{Device, Kind, Tensor};
 
@@ -197,7 +198,7 @@ impl Projection for PackedLinear {
     fn dense(&self) -> Result<Tensor> {
         let (out, input) = (self.weight.out(), self.weight.input());
         let mut whole = vec![0f32; out * input];
-        self.weight.dequantize(0, &mut whole);
+        self.weight.dequantize_panel(&nics_kernels::pool::own(), 0, ValuesMut::F32(&mut whole));
         let whole = Tensor::f_from_slice(&whole)?.f_view([out as i64, input as i64])?;
         Ok(whole.f_to_kind(self.kind)?)
     }
