@@ -71,14 +71,6 @@ pub fn open(checkpoint: Checkpoint, act: Option<Act>) -> Result<Checkpoint> {
     Ok(checkpoint.with_projections(Arc::new(PackedSource { stored, act, said: Mutex::default() })))
 }
 
-/// As [`open`] for a quantized checkpoint; any other stays as it is.
-///
-/// # Errors
-/// Layers that are quantized in a way that is not read here.
-pub fn open_any(checkpoint: Checkpoint, act: Option<Act>) -> Result<Checkpoint> {
-    if checkpoint.is_quantized() { open(checkpoint, act) } else { Ok(checkpoint) }
-}
-
 /// Makes a checkpoint's quantized layers.
 struct PackedSource {
     stored: Stored,
