@@ -165,9 +165,10 @@ impl Activations {
                 self.sums.push(sum);
             }
             let own = &mut values[r / self.block * self.size..][..row * self.block];
-            let places = own.chunks_exact_mut(quad).skip(r % self.block).step_by(self.block);
-            for (to, quad) in places.zip(self.bytes.chunks_exact(quad)) {
-                to.copy_from_slice(quad);
+            match (self.block, quad) {
+                (1, _) => own.copy_from_slice(&self.bytes),
+                (block, 4) => spread::<4>(&self.bytes, own, r % block, block),
+                (block, _) => spread::<8>(&self.bytes, own, r % block, block),
             }
         }
     }
@@ -212,6 +213,15 @@ impl Activations {
                 256 * high + low
             }
         }
+    }
+}
+
+/// Copies quads of `N` bytes to every `step`th place, from place `first` on.
+#[inline(always)]
+fn spread<const N: usize>(quads: &[u8], to: &mut [u8], first: usize, step: usize) {
+    let (quads, to) = (quads.as_chunks::<N>().0, to.as_chunks_mut::<N>().0);
+    for (to, quad) in to.iter_mut().skip(first).step_by(step).zip(quads) {
+        *to = *quad;
     }
 }
 

@@ -16,29 +16,25 @@ unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector, half: usize
     unsafe {
         let vector = |i: usize| _mm256_load_si256(unit.add(i).cast::<__m256i>().add(half));
         match BITS {
-            2 | 3 => {
-                let low = vector(J / 4);
-                let low = match J % 4 {
-                    0 => low,
-                    1 => _mm256_srli_epi16::<2>(low),
-                    2 => _mm256_srli_epi16::<4>(low),
-                    _ => _mm256_srli_epi16::<6>(low),
+            2 => {
+                let four = vector(J / 4);
+                let own = match J % 4 {
+                    0 => four,
+                    1 => _mm256_srli_epi16::<2>(four),
+                    2 => _mm256_srli_epi16::<4>(four),
+                    _ => _mm256_srli_epi16::<6>(four),
                 };
-                let low = _mm256_and_si256(low, _mm256_set1_epi8(3));
-                if BITS == 2 {
-                    return low;
-                }
+                _mm256_and_si256(own, _mm256_set1_epi8(3))
+            }
+            3 if J < 6 => {
+                let two = vector(J / 2);
+                let own = if J.is_multiple_of(2) { two } else { _mm256_srli_epi16::<3>(two) };
+                _mm256_and_si256(own, _mm256_set1_epi8(7))
+            }
+            3 => {
+                let low = _mm256_and_si256(_mm256_srli_epi16::<6>(vector(J % 2)), _mm256_set1_epi8(3));
                 let high = vector(2);
-                let high = match J {
-                    0 => _mm256_slli_epi16::<2>(high),
-                    1 => _mm256_slli_epi16::<1>(high),
-                    2 => high,
-                    3 => _mm256_srli_epi16::<1>(high),
-                    4 => _mm256_srli_epi16::<2>(high),
-                    5 => _mm256_srli_epi16::<3>(high),
-                    6 => _mm256_srli_epi16::<4>(high),
-                    _ => _mm256_srli_epi16::<5>(high),
-                };
+                let high = if J == 6 { _mm256_srli_epi16::<4>(high) } else { _mm256_srli_epi16::<5>(high) };
                 _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(4)))
             }
             4 => {

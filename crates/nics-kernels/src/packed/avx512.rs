@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{Activations, word};
 use super::matrix::{CHUNK, QUADS, TILE, Tile, TileScales, Vector};
+use crate::isa::prefetches_alone;
 
 /// Bytes by which the stream is prefetched into the first cache, and into the second.
 const AHEAD: usize = 1 << 10;
@@ -17,31 +18,26 @@ unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector) -> __m512i 
     unsafe {
         let vector = |i: usize| _mm512_load_si512(unit.add(i).cast());
         match BITS {
-            2 | 3 => {
-                let low = vector(J / 4);
-                let low = match J % 4 {
-                    0 => low,
-                    1 => _mm512_srli_epi16::<2>(low),
-                    2 => _mm512_srli_epi16::<4>(low),
-                    _ => _mm512_srli_epi16::<6>(low),
+            2 => {
+                let four = vector(J / 4);
+                let own = match J % 4 {
+                    0 => four,
+                    1 => _mm512_srli_epi16::<2>(four),
+                    2 => _mm512_srli_epi16::<4>(four),
+                    _ => _mm512_srli_epi16::<6>(four),
                 };
-                let three = _mm512_set1_epi8(3);
-                if BITS == 2 {
-                    return _mm512_and_si512(low, three);
-                }
+                _mm512_and_si512(own, _mm512_set1_epi8(3))
+            }
+            3 if J < 6 => {
+                let two = vector(J / 2);
+                let own = if J.is_multiple_of(2) { two } else { _mm512_srli_epi16::<3>(two) };
+                _mm512_and_si512(own, _mm512_set1_epi8(7))
+            }
+            3 => {
+                let low = _mm512_srli_epi16::<6>(vector(J % 2));
                 let high = vector(2);
-                let high = match J {
-                    0 => _mm512_slli_epi16::<2>(high),
-                    1 => _mm512_slli_epi16::<1>(high),
-                    2 => high,
-                    3 => _mm512_srli_epi16::<1>(high),
-                    4 => _mm512_srli_epi16::<2>(high),
-                    5 => _mm512_srli_epi16::<3>(high),
-                    6 => _mm512_srli_epi16::<4>(high),
-                    _ => _mm512_srli_epi16::<5>(high),
-                };
-                // (low & 3) | (high & 4): `low` where the mask has ones, `high` elsewhere.
-                let both = _mm512_ternarylogic_epi32::<0xca>(three, low, high);
+                let high = if J == 6 { _mm512_srli_epi16::<4>(high) } else { _mm512_srli_epi16::<5>(high) };
+                let both = _mm512_ternarylogic_epi32::<CHOOSE>(_mm512_set1_epi8(3), low, high);
                 _mm512_and_si512(both, _mm512_set1_epi8(7))
             }
             4 => {
@@ -49,6 +45,72 @@ unsafe fn quad<const BITS: u32, const J: usize>(unit: *const Vector) -> __m512i 
                 let nibble = if J.is_multiple_of(2) { both } else { _mm512_srli_epi16::<4>(both) };
                 _mm512_and_si512(nibble, _mm512_set1_epi8(15))
             }
+            _ => vector(J),
+        }
+    }
+}
+
+/// Asks for what comes after a unit: for the second cache, and, with `near`, what comes soon for the first one too.
+#[inline(always)]
+unsafe fn prefetch<const BITS: u32>(unit: *const Vector, near: bool) {
+    for i in 0..BITS as usize {
+        let ahead = |by: usize| unit.wrapping_add(i).wrapping_byte_add(by).cast();
+        // SAFETY: a prefetch may be of any address.
+        unsafe {
+            if near {
+                _mm_prefetch::<_MM_HINT_T0>(ahead(AHEAD));
+            }
+            _mm_prefetch::<_MM_HINT_T1>(ahead(FAR_AHEAD));
+        }
+    }
+}
+
+/// `b` where `a` has ones, `c` elsewhere.
+const CHOOSE: i32 = 0xca;
+
+/// Sums that a row has where codes are multiplied as they lie, one for each power of two that a mask leaves them at.
+const CHAINS: usize = 4;
+
+/// Which of them takes quad `quad`.
+const fn chain(bits: u32, quad: usize) -> usize {
+    match bits {
+        3 => [0, 1, 0, 1, 0, 1, 2, 3][quad],
+        4 => [0, 2, 1, 3, 0, 2, 1, 3][quad],
+        _ => quad % CHAINS,
+    }
+}
+
+/// By how many bits what each takes is too high.
+const fn raised(bits: u32) -> [i32; CHAINS] {
+    match bits {
+        2 => [0, 2, 4, 6],
+        3 => [0, 3, 4, 5],
+        4 => [0, 0, 4, 4],
+        _ => [0; CHAINS],
+    }
+}
+
+/// The codes of quad `J` where they lie: times 2 to the power of what [`raised`] says of its chain.
+#[inline(always)]
+unsafe fn quad_in_place<const BITS: u32, const J: usize>(unit: *const Vector) -> __m512i {
+    // SAFETY: the caller's function has AVX-512, and the unit `BITS` vectors.
+    unsafe {
+        let vector = |i: usize| _mm512_load_si512(unit.add(i).cast());
+        let mask = |bits: u8| _mm512_set1_epi8(bits.cast_signed());
+        match BITS {
+            2 => _mm512_and_si512(vector(J / 4), mask(3 << (2 * (J % 4)))),
+            3 if J < 6 => _mm512_and_si512(vector(J / 2), mask(7 << (3 * (J % 2)))),
+            3 if J == 6 => {
+                let low = _mm512_srli_epi16::<2>(vector(0));
+                let both = _mm512_ternarylogic_epi32::<CHOOSE>(mask(0x30), low, vector(2));
+                _mm512_and_si512(both, mask(0x70))
+            }
+            3 => {
+                let low = _mm512_srli_epi16::<1>(vector(1));
+                let both = _mm512_ternarylogic_epi32::<CHOOSE>(mask(0x60), low, vector(2));
+                _mm512_and_si512(both, mask(0xe0))
+            }
+            4 => _mm512_and_si512(vector(J / 2), mask(15 << (4 * (J % 2)))),
             _ => vector(J),
         }
     }
@@ -106,9 +168,10 @@ unsafe fn settle(
     }
 }
 
-/// One block of `ROWS` rows, `CHAINS` independent sums each; weights are decoded on the way.
+/// One block of `ROWS` rows, `SUMS` independent sums each: with [`CHAINS`] of them codes are multiplied where they lie, with
+/// fewer they are decoded on the way.
 #[inline(always)]
-unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS: usize>(
+unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const SUMS: usize>(
     tile: &Tile,
     x: &Activations,
     y: &mut [[f32; TILE]],
@@ -117,34 +180,47 @@ unsafe fn one<const BITS: u32, const WIDE: bool, const ROWS: usize, const CHAINS
     // SAFETY: the caller's function has AVX-512 with VNNI; units and rows are as long as the tile says, and a prefetch may
     // be of any address.
     unsafe {
+        let near = !prefetches_alone();
+        // Little arithmetic leaves room for many loads at a time.
+        let hints = near || ROWS * if WIDE { 2 } else { 1 } * QUADS > 4 * BITS as usize;
         let mut sums = [_mm512_setzero_ps(); ROWS];
         let mut unit = tile.stream.as_ptr();
         let mut at = x.of_block(0);
         for chunk in 0..tile.chunks() {
-            let mut acc = [[[_mm512_setzero_si512(); 2]; CHAINS]; ROWS];
+            let mut acc = [[[_mm512_setzero_si512(); 2]; SUMS]; ROWS];
             for _ in 0..tile.units_of(chunk) {
-                let ahead = |by: usize| unit.cast::<i8>().wrapping_add(by);
-                for i in 0..BITS as usize {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead(AHEAD + 64 * i));
-                    _mm_prefetch::<_MM_HINT_T1>(ahead(FAR_AHEAD + 64 * i));
+                if hints {
+                    prefetch::<BITS>(unit, near);
                 }
                 each_quad!(J => {
-                    let weights = quad::<BITS, J>(unit);
+                    let (weights, to) = if SUMS == CHAINS {
+                        (quad_in_place::<BITS, J>(unit), const { chain(BITS, J) })
+                    } else {
+                        (quad::<BITS, J>(unit), J % SUMS)
+                    };
                     for t in 0..ROWS {
                         let x = at.add((J * ROWS + t) * quad_of_x);
-                        acc[t][J % CHAINS] = dot::<WIDE>(acc[t][J % CHAINS], weights, x);
+                        acc[t][to] = dot::<WIDE>(acc[t][to], weights, x);
                     }
                 });
                 unit = unit.add(BITS as usize);
                 at = at.add(QUADS * ROWS * quad_of_x);
             }
             let own = parameters(tile, chunk);
+            // Apart from `settle`, so that `acc` stays in registers.
+            let mut ended = [_mm512_setzero_si512(); ROWS];
             for t in 0..ROWS {
-                let mut all = acc[t][0];
-                for chain in &acc[t][1..] {
-                    all = [_mm512_add_epi32(all[0], chain[0]), _mm512_add_epi32(all[1], chain[1])];
+                let mut all = [_mm512_setzero_si512(); 2];
+                for (chain, by) in acc[t].into_iter().zip(raised(BITS)) {
+                    let by = _mm_cvtsi32_si128(if SUMS == CHAINS { by } else { 0 });
+                    for (all, chain) in all.iter_mut().zip(chain) {
+                        *all = _mm512_add_epi32(*all, _mm512_sra_epi32(chain, by));
+                    }
                 }
-                sums[t] = settle(sums[t], whole::<WIDE>(all), own, x.of(t, chunk));
+                ended[t] = whole::<WIDE>(all);
+            }
+            for t in 0..ROWS {
+                sums[t] = settle(sums[t], ended[t], own, x.of(t, chunk));
             }
         }
         for (y, sum) in y.iter_mut().zip(sums) {
@@ -165,11 +241,13 @@ unsafe fn several<const BITS: u32, const WIDE: bool, const ROWS: usize>(
     y.fill([0.0; TILE]);
     // SAFETY: the caller's function has AVX-512 with VNNI; units and rows are as long as the tile says.
     unsafe {
+        let near = !prefetches_alone();
         let mut decoded = [_mm512_setzero_si512(); CHUNK / 4];
         let mut unit = tile.stream.as_ptr();
         for chunk in 0..tile.chunks() {
             let quads = tile.units_of(chunk) * QUADS;
             for to in decoded[..quads].chunks_exact_mut(QUADS) {
+                prefetch::<BITS>(unit, near);
                 each_quad!(J => { to[J] = quad::<BITS, J>(unit); });
                 unit = unit.add(BITS as usize);
             }
@@ -184,11 +262,14 @@ unsafe fn several<const BITS: u32, const WIDE: bool, const ROWS: usize>(
                     }
                     at = at.add(ROWS * quad_of_x);
                 }
-                for t in 0..ROWS.min(y.len()) {
-                    let to = y[t].as_mut_ptr();
-                    let sum = whole::<WIDE>(acc[t]);
-                    let sum = settle(_mm512_loadu_ps(to), sum, own, x.of(row + t, chunk));
-                    _mm512_storeu_ps(to, sum);
+                // At once, so that `acc` stays in registers: a loop that is not unrolled would keep it in memory.
+                let mut ended = [_mm512_setzero_si512(); ROWS];
+                for (ended, acc) in ended.iter_mut().zip(acc) {
+                    *ended = whole::<WIDE>(acc);
+                }
+                for (t, (y, sum)) in y.iter_mut().zip(ended).enumerate() {
+                    let to = y.as_mut_ptr();
+                    _mm512_storeu_ps(to, settle(_mm512_loadu_ps(to), sum, own, x.of(row + t, chunk)));
                 }
             }
         }
@@ -218,5 +299,5 @@ pub(super) unsafe fn tile<const BITS: u32, const WIDE: bool>(
             }
         };
     }
-    with_rows!(1 4, 2 2, 3 2, 4 1, 6 1, 8 1, 10 1, 12 1);
+    with_rows!(1 4, 2 4, 3 2, 4 1, 6 1, 8 1, 10 1, 12 1);
 }

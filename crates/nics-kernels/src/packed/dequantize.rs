@@ -142,15 +142,18 @@ fn write_bits<const BITS: u32, T: Element>(tile: Tile, input: usize, to: &mut [T
 #[inline(always)]
 fn quad<const BITS: u32>(unit: &[Vector], j: usize) -> [u8; 64] {
     let mut codes = [0u8; 64];
-    let low = |from: &Vector, codes: &mut [u8; 64]| {
-        let by = 2 * (j % 4);
-        codes.iter_mut().zip(&from.0).for_each(|(q, b)| *q = b >> by & 3);
-    };
     match BITS {
-        2 => low(&unit[j / 4], &mut codes),
+        2 => {
+            let by = 2 * (j % 4);
+            codes.iter_mut().zip(&unit[j / 4].0).for_each(|(q, b)| *q = b >> by & 3);
+        }
+        3 if j >= 6 => {
+            let bytes = unit[j - 6].0.iter().zip(&unit[2].0);
+            codes.iter_mut().zip(bytes).for_each(|(q, (low, high))| *q = low >> 6 | (high >> j & 1) << 2);
+        }
         3 => {
-            low(&unit[j / 4], &mut codes);
-            codes.iter_mut().zip(&unit[2].0).for_each(|(q, b)| *q |= (b >> j & 1) << 2);
+            let by = 3 * (j % 2);
+            codes.iter_mut().zip(&unit[j / 2].0).for_each(|(q, b)| *q = b >> by & 7);
         }
         4 => {
             let by = 4 * (j % 2);

@@ -6,9 +6,12 @@
 //! | bits | vectors of a unit | where the code of quad `j` is |
 //! |---|---|---|
 //! | 2 | L0, L1 | bits `2(j mod 4)`, `2(j mod 4) + 1` of L0 (`j < 4`) or L1 |
-//! | 3 | L0, L1, H | the low two bits as above, the high one is bit `j` of H |
+//! | 3 | A, B, C | quads 0, 2, 4 in bits 0 to 2 of A, B, C, quads 1, 3, 5 in bits 3 to 5; the low bits of quad 6 in bits 6 and 7 of A, its high one in bit 6 of C; the low bits of quad 7 in bits 6 and 7 of B, its high one in bit 7 of C |
 //! | 4 | 4 | vector `j / 2`: the low nibble for even `j`, the high one for odd |
 //! | 8 | 8 | vector `j` |
+//!
+//! A code can be multiplied where it lies, as that power of two times itself, which a mask leaves of its byte. At 3 bits quads 6
+//! and 7 need a shift and a choice between two vectors: `16 q` from A and C, `32 q` from B and C.
 //!
 //! The units of a tile follow each other, then come those of the next tile: one thread reads one stream. Beside it is a
 //! stream of scales and zeros, 16 of each for every group of channels of a tile. Rows and channels that fill up a tile or a
@@ -346,10 +349,12 @@ impl Tile<'_> {
 #[inline(always)]
 pub(super) fn code(bits: u32, unit: &[Vector], r: usize, k: usize) -> u8 {
     let (j, byte) = (k / 4, 4 * r + k % 4);
-    let low = |bits_of: usize| unit[bits_of].0[byte] >> (2 * (j % 4)) & 3;
     match bits {
-        2 => low(j / 4),
-        3 => low(j / 4) | (unit[2].0[byte] >> j & 1) << 2,
+        2 => unit[j / 4].0[byte] >> (2 * (j % 4)) & 3,
+        3 => match j {
+            6 | 7 => unit[j - 6].0[byte] >> 6 | (unit[2].0[byte] >> j & 1) << 2,
+            _ => unit[j / 2].0[byte] >> (3 * (j % 2)) & 7,
+        },
         4 => unit[j / 2].0[byte] >> (4 * (j % 2)) & 15,
         _ => unit[j].0[byte],
     }
@@ -359,12 +364,12 @@ pub(super) fn code(bits: u32, unit: &[Vector], r: usize, k: usize) -> u8 {
 fn put(bits: u32, unit: &mut [Vector], r: usize, k: usize, code: u8) {
     let (j, byte) = (k / 4, 4 * r + k % 4);
     match bits {
-        2 | 3 => {
-            unit[j / 4].0[byte] |= (code & 3) << (2 * (j % 4));
-            if bits == 3 {
-                unit[2].0[byte] |= (code >> 2) << j;
-            }
+        2 => unit[j / 4].0[byte] |= code << (2 * (j % 4)),
+        3 if j >= 6 => {
+            unit[j - 6].0[byte] |= code << 6;
+            unit[2].0[byte] |= (code >> 2) << j;
         }
+        3 => unit[j / 2].0[byte] |= code << (3 * (j % 2)),
         4 => unit[j / 2].0[byte] |= code << (4 * (j % 2)),
         _ => unit[j].0[byte] = code,
     }
