@@ -293,6 +293,12 @@ fn random_tensors_depend_on_seed_and_name_alone() {
     let half = one.to(Device::Cpu, Kind::BFloat16).at("layers.0").tensor("weight", &[64, 32]).unwrap();
     assert_eq!(half.kind(), Kind::BFloat16);
     assert_eq!(values(&half)[..1], values(&Tensor::from_slice(&[a[0]]).to_kind(Kind::BFloat16)));
+
+    // Large tensors are drawn a piece at a time, from the same numbers.
+    let large = values(&one.tensor("w.weight", &[3, 1 << 19]).unwrap());
+    assert_eq!(large[..5], values(&one.tensor("w.weight", &[5]).unwrap()));
+    let (before, after) = large.split_at(1 << 20);
+    assert!(after.iter().all(|v| v.is_finite() && v.abs() < 0.2) && after != &before[..after.len()]);
 }
 
 #[test]

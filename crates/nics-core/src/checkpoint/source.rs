@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
 use super::files::WeightFiles;
-use crate::nn::memory::in_huge_pages;
+use crate::nn::memory::{empty_in_huge_pages, in_huge_pages};
 
 /// The origin of tensors, with the names that were asked for.
 pub(super) struct Source {
@@ -301,6 +301,9 @@ fn tensor_of(
     in_huge_pages(&view, kind, device)
 }
 
+/// Values that the initialiser draws at a time.
+const PIECE: usize = 1 << 20;
+
 /// The initialiser's tensor: ones for scales of norms, zeros for biases, otherwise normal with deviation `std`.
 fn initial(
     seed: u64,
@@ -321,12 +324,18 @@ fn initial(
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes()).update(name.as_bytes());
     let mut rng = ChaCha8Rng::from_seed(*hasher.finalize().as_bytes());
-    let n: i64 = shape.iter().product();
-    let values: Vec<f32> = (0..n)
-        .map(|_| {
+    // A piece at a time, so that there is never more than the tensor itself.
+    let to = empty_in_huge_pages(shape, kind, device)?;
+    let flat = to.f_view(-1)?;
+    let n = flat.numel();
+    let mut values = Vec::with_capacity(n.min(PIECE));
+    for from in (0..n).step_by(PIECE) {
+        values.clear();
+        values.extend((from..n.min(from + PIECE)).map(|_| {
             let z: f32 = StandardNormal.sample(&mut rng);
             z * std as f32
-        })
-        .collect();
-    in_huge_pages(&Tensor::f_from_slice(&values)?.f_reshape(shape)?, kind, device)
+        }));
+        flat.f_narrow(0, from as i64, values.len() as i64)?.f_copy_(&Tensor::f_from_slice(&values)?)?;
+    }
+    Ok(to)
 }

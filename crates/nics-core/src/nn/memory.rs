@@ -66,11 +66,20 @@ fn large(t: &Tensor) -> Option<(*const u8, usize)> {
 /// # Errors
 /// libtorch's, e.g. for lack of memory.
 pub fn in_huge_pages(from: &Tensor, kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
-    let mut to = Tensor::f_empty(from.size(), (kind, device))?;
+    let mut to = empty_in_huge_pages(&from.size(), kind, device)?;
+    to.f_copy_(from)?;
+    Ok(to)
+}
+
+/// A new tensor whose values are still to be written, likewise.
+///
+/// # Errors
+/// libtorch's, e.g. for lack of memory.
+pub fn empty_in_huge_pages(shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
+    let to = Tensor::f_empty(shape, (kind, device))?;
     if let Some((at, bytes)) = large(&to) {
         nics_kernels::memory::prefer_huge_pages(at, bytes);
     }
-    to.f_copy_(from)?;
     Ok(to)
 }
 
