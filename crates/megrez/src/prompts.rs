@@ -5,7 +5,8 @@
 
 use std::path::Path;
 
-use nics_core::{Error, Result};
+use nics_base::settings;
+use nics_core::Result;
 use regex::{Captures, Regex};
 use serde::Deserialize;
 
@@ -50,14 +51,12 @@ impl Prompts {
     /// # Errors
     /// A file that cannot be read, an unknown key, a text without a name that it has to hold, or with an unknown one.
     pub fn read(path: &Path) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        Self::parse(&text).map_err(|e| Error::Config(e).in_file(path))
+        Ok(settings::read(path, Self::parse)?)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
         let mut all: toml::Table = toml::from_str(DEFAULT).expect("the embedded prompts are well formed");
-        let given: toml::Table = toml::from_str(text).map_err(|e| e.to_string())?;
+        let given: toml::Table = settings::parse(text)?;
         all.extend(given);
         let prompts: Self = all.try_into().map_err(|e: toml::de::Error| e.to_string())?;
         prompts.validate()?;

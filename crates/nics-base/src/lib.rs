@@ -8,6 +8,7 @@
 //! | [`jsonl`] | append-only JSON Lines that survive `kill -9` |
 //! | [`shard`] | `--shard i/n`, shard file names, merging |
 //! | [`exit`] | exit codes and the errors that ask for one |
+//! | [`settings`] | settings in TOML files |
 //! | [`row`], [`ci`], [`report`] | result rows, their confidence intervals, Markdown and HTML from rows alone |
 //! | [`interrupt`] | a flag that SIGINT and SIGTERM set |
 //! | [`sandbox`] | other people's programs under limits on time, memory, files and network |
@@ -27,6 +28,7 @@ pub mod jsonl;
 pub mod report;
 pub mod row;
 pub mod sandbox;
+pub mod settings;
 pub mod shard;
 pub mod size;
 pub mod spread;

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use nics_base::settings;
 use nics_core::train::TrainConfig;
 use nics_datasets::symbol_grid::{HALF, Nuisance};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// The models of a recipe: one a seed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,15 +38,13 @@ impl Recipe {
     /// Reads a recipe.
     ///
     /// # Errors
-    /// A file that cannot be read, and [`Error::Artefact`] naming what is wrong in it.
+    /// A file that cannot be read, and what is wrong in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| nics_core::Error::Io { path: path.to_owned(), source })?;
-        Self::parse(&text).map_err(|reason| Error::Artefact { path: path.to_owned(), reason })
+        Ok(settings::read(path, Self::parse)?)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let recipe: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let recipe: Self = settings::parse(text)?;
         let mut seeds = recipe.seeds.clone();
         seeds.sort_unstable();
         seeds.dedup();

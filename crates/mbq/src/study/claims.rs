@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use nics_base::settings;
 use serde::{Deserialize, Serialize};
 
 use super::{Study, variants};
-use crate::{Error, Result};
+use crate::Result;
 
 /// That one method diverges less than another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,16 +34,14 @@ impl Claims {
     /// Reads claims about a study.
     ///
     /// # Errors
-    /// A file that cannot be read, and [`Error::Artefact`] naming what is wrong in it: a claim about something that the study
+    /// A file that cannot be read, and what is wrong in it: a claim about something that the study
     /// does not measure among it.
     pub fn read(path: &Path, study: &Study) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| nics_core::Error::Io { path: path.to_owned(), source })?;
-        Self::parse(&text, study).map_err(|reason| Error::Artefact { path: path.to_owned(), reason })
+        Ok(settings::read(path, |text| Self::parse(text, study))?)
     }
 
     fn parse(text: &str, study: &Study) -> Result<Self, String> {
-        let claims: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let claims: Self = settings::parse(text)?;
         let all = variants(study).map_err(|e| e.to_string())?;
         for Claim { condition, quant, method, over } in &claims.claim {
             let same =

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use nics_base::settings;
+use nics_core::Result;
 use nics_core::train::TrainConfig;
-use nics_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -110,11 +111,9 @@ impl Recipe {
     /// Reads a recipe; file names in it are relative to it.
     ///
     /// # Errors
-    /// `Error::Io`, or `Error::Config` naming the line.
+    /// A file that cannot be read, or what is wrong in it, naming the line.
     pub fn read(path: &Path) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        let mut recipe = Self::parse(&text).map_err(|e| e.in_file(path))?;
+        let mut recipe = settings::read(path, Self::parse)?;
         if let Source::Conversations { file } = &mut recipe.data.source
             && let Some(dir) = path.parent()
         {
@@ -123,17 +122,16 @@ impl Recipe {
         Ok(recipe)
     }
 
-    fn parse(text: &str) -> Result<Self> {
-        let recipe: Self =
-            toml::from_str(text).map_err(|e| Error::Config(e.to_string().trim_end().to_owned()))?;
-        recipe.train.validate().map_err(|e| Error::Config(e.to_string()))?;
+    fn parse(text: &str) -> Result<Self, String> {
+        let recipe: Self = settings::parse(text)?;
+        recipe.train.validate().map_err(|e| e.to_string())?;
         for (name, value) in [
             ("data.batch", recipe.data.batch),
             ("data.bucket", recipe.data.bucket),
             ("data.max_tokens", recipe.data.max_tokens),
         ] {
             if value == 0 {
-                return Err(Error::Config(format!("{name} is 0, expected at least 1")));
+                return Err(format!("{name} is 0, expected at least 1"));
             }
         }
         Ok(recipe)
@@ -162,7 +160,7 @@ mod tests {
         let recipe = Recipe::parse(GOOD).unwrap();
         assert_eq!(recipe.data.source, Source::WordProblems { seed: 1 });
         assert!(matches!(recipe.model, Start::Scratch { vocab_size: 300, .. }));
-        let error = |text: &str| Recipe::parse(text).unwrap_err().to_string();
+        let error = |text: &str| Recipe::parse(text).unwrap_err();
         assert!(error(&GOOD.replace("batch = 8", "batch = 0")).contains("data.batch"));
         assert!(error(&GOOD.replace("steps", "stepz")).contains("stepz"));
         assert!(error(&GOOD.replace("steps = 10", "steps = 0")).contains("steps"));

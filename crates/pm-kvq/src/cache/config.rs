@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::str::FromStr;
 
+use nics_base::settings;
 use nics_base::size::Size;
 use nics_core::models::ModelDims;
 use serde::{Deserialize, Serialize};
@@ -131,10 +132,7 @@ impl CacheConfig {
     /// # Errors
     /// A file that cannot be read, or that has unknown settings or wrong values.
     pub fn from_toml(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| nics_core::Error::Io { path: path.to_owned(), source })?;
-        toml::from_str(&text)
-            .map_err(|e| Error::Artefact { path: path.to_owned(), reason: e.message().to_owned() })
+        Ok(settings::read(path, settings::parse)?)
     }
 
     /// How rows are laid out for a model, and the rules of each layer.

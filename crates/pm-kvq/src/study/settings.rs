@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use nics_base::settings;
 use nics_datasets::adding_ring::TOKENS;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// The settings of a study.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -71,15 +72,13 @@ impl Study {
     /// Reads settings.
     ///
     /// # Errors
-    /// A file that cannot be read, and [`Error::Artefact`] naming what is wrong in it.
+    /// A file that cannot be read, and what is wrong in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| nics_core::Error::Io { path: path.to_owned(), source })?;
-        Self::parse(&text).map_err(|reason| Error::Artefact { path: path.to_owned(), reason })
+        Ok(settings::read(path, Self::parse)?)
     }
 
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let study: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let study: Self = settings::parse(text)?;
         for (name, found) in [
             ("evaluation.sequences", study.evaluation.sequences),
             ("calibration.samples", study.calibration.samples),

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use nics_base::settings;
 use nics_core::train::TrainConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::RingTask;
-use crate::{Error, Result};
+use crate::Result;
 
 /// A model's part in a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -71,15 +72,13 @@ impl Recipe {
     /// Reads a recipe.
     ///
     /// # Errors
-    /// A file that cannot be read, and [`Error::Damaged`] naming what is wrong in it.
+    /// A file that cannot be read, and what is wrong in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let io = |source| nics_core::Error::Io { path: path.to_owned(), source };
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        Self::parse(&text).map_err(|reason| Error::Damaged { path: path.to_owned(), reason })
+        Ok(settings::read(path, Self::parse)?)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let recipe: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let recipe: Self = settings::parse(text)?;
         RingTask::new(recipe.modulus).map_err(|e| e.to_string())?;
         let mut seeds = recipe.seeds.clone();
         seeds.sort_unstable();

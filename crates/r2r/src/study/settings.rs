@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use nics_base::settings;
 use serde::{Deserialize, Serialize};
 
+use crate::Result;
 use crate::baselines::query::QueryTraining;
-use crate::{Error, Result};
 
 /// The settings of a study.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -71,15 +72,13 @@ impl Study {
     /// Reads settings.
     ///
     /// # Errors
-    /// A file that cannot be read, and [`Error::Damaged`] naming what is wrong in it.
+    /// A file that cannot be read, and what is wrong in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let io = |source| nics_core::Error::Io { path: path.to_owned(), source };
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        Self::parse(&text).map_err(|reason| Error::Damaged { path: path.to_owned(), reason })
+        Ok(settings::read(path, Self::parse)?)
     }
 
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let study: Self = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let study: Self = settings::parse(text)?;
         let counts = [
             ("labels.train", study.labels.train),
             ("labels.validation", study.labels.validation),

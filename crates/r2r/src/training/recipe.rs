@@ -2,15 +2,13 @@
 
 use std::path::Path;
 
+use nics_base::settings;
 use serde::{Deserialize, Serialize};
 
 use super::TrainingConfig;
 use crate::labels::pipeline::LabelColumn;
 use crate::router::{Architecture, InitArgs, RouterConfig};
 use crate::{Error, Result};
-
-/// Longest recipe that is read.
-const MAX_RECIPE: u64 = 1 << 20;
 
 /// Everything that a training run is told.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -83,18 +81,13 @@ impl TrainRecipe {
     /// Reads a recipe.
     ///
     /// # Errors
-    /// A file that cannot be read, [`Error::Damaged`] that names what is wrong in it.
+    /// A file that cannot be read, and what is wrong in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let io = |source| nics_base::Error::Io { action: "read", path: path.to_owned(), source };
-        let damaged = |reason: String| Error::Damaged { path: path.to_owned(), reason };
-        let size = path.metadata().map_err(io)?.len();
-        if size > MAX_RECIPE {
-            return Err(damaged(format!("it takes {size} bytes, more than the {MAX_RECIPE} that are read")));
-        }
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        let recipe: Self = toml::from_str(&text).map_err(|e| damaged(e.to_string().trim_end().to_owned()))?;
-        recipe.validate().map_err(|e| damaged(e.to_string()))?;
-        Ok(recipe)
+        Ok(settings::read(path, |text| {
+            let recipe: Self = settings::parse(text)?;
+            recipe.validate().map_err(|e| e.to_string())?;
+            Ok(recipe)
+        })?)
     }
 
     /// Refuses settings that make no sense.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use nics_base::settings;
 use serde::Deserialize;
 use serde_json::Value;
 use ureq::Agent;
@@ -145,7 +146,7 @@ impl HttpSettings {
     /// # Errors
     /// What is wrong with them.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let settings: Self = toml::from_str(text).map_err(|e| e.to_string())?;
+        let settings: Self = settings::parse(text)?;
         settings.validate()?;
         Ok(settings)
     }

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use nics_base::settings;
 use nics_core::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -10,9 +11,6 @@ use serde_json::{Value, json};
 use super::{Judge, Pair, Verdict};
 use crate::labels::stops::StopTokens;
 use crate::{Error, Result};
-
-/// Longest table that is read.
-const MAX_TABLE: u64 = 16 << 20;
 
 /// Which tokens mean the same, in TOML or JSON:
 ///
@@ -33,20 +31,12 @@ impl SynonymTable {
     /// Reads a table: JSON where the file's name ends so, else TOML.
     ///
     /// # Errors
-    /// A file that cannot be read, [`Error::Damaged`] for one that is no table.
+    /// A file that cannot be read, or that is no table.
     pub fn read(path: &Path) -> Result<Self> {
-        let io = |source| nics_base::Error::Io { action: "read", path: path.to_owned(), source };
-        let damaged = |reason: String| Error::Damaged { path: path.to_owned(), reason };
-        let size = path.metadata().map_err(io)?.len();
-        if size > MAX_TABLE {
-            return Err(damaged(format!("it takes {size} bytes, more than the {MAX_TABLE} that are read")));
-        }
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        if path.extension().is_some_and(|e| e == "json") {
-            serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))
-        } else {
-            toml::from_str(&text).map_err(|e| damaged(e.to_string().trim_end().to_owned()))
-        }
+        let json = path.extension().is_some_and(|e| e == "json");
+        Ok(settings::read(path, |text| {
+            if json { serde_json::from_str(text).map_err(|e| e.to_string()) } else { settings::parse(text) }
+        })?)
     }
 }
 
