@@ -8,6 +8,7 @@
 use anyhow::{Result, bail};
 use nics_core::device::DeviceSpec;
 use nics_core::nn::DeviceWeight;
+use nics_core::nn::memory::copied;
 use nics_kernels::packed::Packed;
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -124,13 +125,6 @@ fn case(
         runs,
         absent,
     }
-}
-
-/// The same values in memory of their own.
-fn copied(t: &Tensor) -> Result<Tensor> {
-    let mut to = t.f_empty_like()?;
-    to.f_copy_(t)?;
-    Ok(to)
 }
 
 /// One layer in every form, in so many copies that no cache holds them.

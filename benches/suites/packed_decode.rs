@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 
 use anyhow::Result;
-use nics_core::models::{self, Model};
+use nics_core::models::{self, Model, in_a_layer};
 use nics_core::nn::PackedLinear;
 use nics_core::nn::memory::floats as slice;
 use nics_core::seam::Projection;
@@ -93,11 +93,6 @@ impl Forms {
     }
 }
 
-/// Whether a linear layer is one of a decoder's layers: the head is not.
-fn in_a_layer(name: &str) -> bool {
-    name.contains(".layers.")
-}
-
 struct Field {
     ours: RefCell<Forms>,
     libtorch: Libtorch,
@@ -122,7 +117,7 @@ impl Field {
             weights.iter().filter(|(name, _)| wanted(name)).map(|(_, t)| bytes(t)).sum::<u64>()
         };
         let head = sum(&|name| name.starts_with("lm_head"));
-        let dense = sum(&|name| name.contains(".layers."));
+        let dense = sum(&in_a_layer);
         let mut forms = Vec::new();
         for bits in [3, 4] {
             let (mut linears, mut bytes) = (Linears::new(), 0);

@@ -10,7 +10,7 @@ use std::time::Instant;
 use nics_core::cache::DenseCache;
 use nics_core::checkpoint::TensorPath;
 use nics_core::memory;
-use nics_core::models::{Batch, Decoder, DecoderConfig, Input, Model};
+use nics_core::models::{Batch, Decoder, DecoderConfig, Input, Model, in_a_layer};
 use nics_core::nn::PackedLinear;
 use nics_core::seam::{KvCache, Projection, ProjectionSource, Ragged};
 use nics_kernels::packed::Rounding;
@@ -166,11 +166,6 @@ fn bytes(model: &mut Decoder) -> Result<Bytes> {
         Ok(())
     })?;
     Ok(Bytes { layers, head, rest: all - dense })
-}
-
-/// Whether a linear layer is one of a decoder's layers: the head is not.
-fn in_a_layer(name: &str) -> bool {
-    name.contains(".layers.")
 }
 
 /// Packed layers whose codes are drawn.

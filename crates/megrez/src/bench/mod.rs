@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use local::{Run, measure};
+pub use nics_base::spread::Spread;
 pub use remote::{ClientRun, Target, measure_server};
 
 /// What is measured.
@@ -34,53 +35,7 @@ impl Default for Protocol {
     }
 }
 
-/// A measured value over the runs.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Spread {
-    /// The middle value.
-    pub median: f64,
-    /// The lowest.
-    pub low: f64,
-    /// The highest.
-    pub high: f64,
-}
-
-impl Spread {
-    /// The spread of these values; `None` without any.
-    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
-        let mut all: Vec<f64> = values.into_iter().collect();
-        all.sort_by(f64::total_cmp);
-        let (low, high) = (*all.first()?, *all.last()?);
-        let middle = all.len() / 2;
-        let median = if all.len().is_multiple_of(2) {
-            f64::midpoint(all[middle - 1], all[middle])
-        } else {
-            all[middle]
-        };
-        Some(Self { median, low, high })
-    }
-
-    /// The same in another unit.
-    #[must_use]
-    pub fn scaled(self, by: f64) -> Self {
-        Self { median: self.median * by, low: self.low * by, high: self.high * by }
-    }
-}
-
 /// `amount` per second.
 fn rate(amount: usize, time: Duration) -> f64 {
     amount as f64 / time.as_secs_f64().max(1e-9)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_middle_of_an_even_number_lies_between_two() {
-        let spread = |v: &[f64]| Spread::of(v.iter().copied());
-        assert_eq!(spread(&[3.0, 1.0, 2.0]), Some(Spread { median: 2.0, low: 1.0, high: 3.0 }));
-        assert_eq!(spread(&[4.0, 1.0]).unwrap().median.to_bits(), 2.5f64.to_bits());
-        assert_eq!(spread(&[]), None);
-    }
 }

@@ -110,12 +110,14 @@ pub fn measure_server(target: &Target, protocol: &Protocol, seed: u64) -> Result
     let tokens = seen.iter().map(|s| s.tokens).sum();
     let gaps = seen.iter().filter(|s| s.tokens > 1);
     let gaps = gaps.map(|s| s.last.saturating_sub(s.first).as_secs_f64() / (s.tokens - 1) as f64);
+    let (first, gaps): (Vec<f64>, Vec<f64>) =
+        (seen.iter().map(|s| s.first.as_secs_f64()).collect(), gaps.collect());
     let none = Spread { median: 0.0, low: 0.0, high: 0.0 };
     Ok(ClientRun {
         requests_per_s: rate(seen.len(), took),
         tokens_per_s: rate(tokens, took),
-        first_token_s: Spread::of(seen.iter().map(|s| s.first.as_secs_f64())).unwrap_or(none),
-        between_tokens_s: Spread::of(gaps).unwrap_or(none),
+        first_token_s: Spread::range(&first).unwrap_or(none),
+        between_tokens_s: Spread::range(&gaps).unwrap_or(none),
         seconds: took.as_secs_f64(),
     })
 }

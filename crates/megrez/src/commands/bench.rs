@@ -139,8 +139,7 @@ impl Bench {
             let hook = hook.as_mut().map(|h| &mut **h as &mut dyn LayerHook);
             measure(decoder, &mut **cache, hook, protocol, prompt)
         })?;
-        let of =
-            |f: &dyn Fn(&Run) -> f64| Spread::of(runs.iter().map(f)).ok_or_else(|| anyhow::anyhow!("no run"));
+        let of = |f: &dyn Fn(&Run) -> f64| spread(&runs, f);
         let rss = runs.iter().map(|r| r.peak_rss.map(|b| b as f64)).collect::<Option<Vec<f64>>>();
         let mut values = vec![
             ("requests", of(&|r| r.requests_per_s)?, "1/s", true),
@@ -149,7 +148,8 @@ impl Bench {
             ("prefill and decode", of(&|r| r.total_per_s)?, "tokens/s", true),
             ("keys and values", of(&|r| r.kv_bytes as f64)?, "bytes", false),
         ];
-        values.extend(rss.and_then(Spread::of).map(|rss| ("peak memory", rss, "bytes", false)));
+        values
+            .extend(rss.and_then(|rss| Spread::range(&rss)).map(|rss| ("peak memory", rss, "bytes", false)));
         if self.json.json {
             println!(
                 "{}",
@@ -181,9 +181,7 @@ impl Bench {
         let runs = self.repeat(quiet, interrupt, |i| {
             measure_server(&target, protocol, self.seed.seed.wrapping_mul(1000).wrapping_add(i as u64))
         })?;
-        let of = |f: &dyn Fn(&ClientRun) -> f64| {
-            Spread::of(runs.iter().map(f)).ok_or_else(|| anyhow::anyhow!("no run"))
-        };
+        let of = |f: &dyn Fn(&ClientRun) -> f64| spread(&runs, f);
         let values = vec![
             ("requests", of(&|r| r.requests_per_s)?, "1/s", true),
             ("tokens of all clients", of(&|r| r.tokens_per_s)?, "tokens/s", true),
@@ -295,6 +293,12 @@ impl Bench {
         let prompt = vec![(decoder.dims().vocab - 1).min(100) as u32];
         Ok(Subject { decoder, cache, hook, prompt, about })
     }
+}
+
+/// A value of each run, from the lowest to the highest.
+fn spread<R>(runs: &[R], value: &dyn Fn(&R) -> f64) -> Result<Spread> {
+    let values: Vec<f64> = runs.iter().map(value).collect();
+    Spread::range(&values).ok_or_else(|| anyhow::anyhow!("no run"))
 }
 
 struct Subject {

@@ -137,6 +137,11 @@ pub trait Model: Send {
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
 }
 
+/// Whether a linear layer of this path is in one of a decoder's layers: the head is not.
+pub fn in_a_layer(path: &str) -> bool {
+    path.contains(".layers.")
+}
+
 /// The dtype that a config.json names: bfloat16, float16, else float32.
 pub fn named_kind(json: &Map<String, Value>) -> Kind {
     match json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str) {

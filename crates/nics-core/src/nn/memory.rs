@@ -51,6 +51,16 @@ pub fn floats(t: &Tensor) -> Option<&[f32]> {
     }
 }
 
+/// The same values in memory of their own, side by side.
+///
+/// # Errors
+/// libtorch's, e.g. for lack of memory.
+pub fn copied(t: &Tensor) -> Result<Tensor, tch::TchError> {
+    let mut own = Tensor::f_empty(t.size(), (t.kind(), t.device()))?;
+    own.f_copy_(t)?;
+    Ok(own)
+}
+
 /// Bytes of a tensor from which on huge pages are asked for: weights that decoding reads again and again.
 const LARGE: usize = 64 << 10;
 

@@ -10,6 +10,7 @@ use nics_cuda::packed::{
 use nics_kernels::packed::Packed;
 use tch::{Device, Kind, Tensor};
 
+use crate::nn::memory::copied;
 use crate::{Error, Result};
 
 /// Codes that operations take apart at a time.
@@ -67,12 +68,8 @@ impl DeviceWeight {
 
     /// The same weight in memory of its own.
     pub fn copied(&self) -> Result<Self> {
-        let own = |t: &Tensor| -> Result<Tensor> {
-            let mut own = Tensor::f_empty(t.size(), (t.kind(), t.device()))?;
-            own.f_copy_(t)?;
-            Ok(own)
-        };
-        Ok(Self { codes: own(&self.codes)?, scales: own(&self.scales)?, zeros: own(&self.zeros)?, ..*self })
+        let Self { codes, scales, zeros, .. } = self;
+        Ok(Self { codes: copied(codes)?, scales: copied(scales)?, zeros: copied(zeros)?, ..*self })
     }
 
     /// The same weight, multiplied by libtorch's operations also where there are kernels.
@@ -256,7 +253,5 @@ fn for_loads(x: &Tensor) -> Result<Tensor> {
     if address(&x).is_multiple_of(16) {
         return Ok(x);
     }
-    let mut own = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
-    own.f_copy_(&x)?;
-    Ok(own)
+    Ok(copied(&x)?)
 }
