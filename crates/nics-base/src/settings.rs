@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{AtPath, Error, Result};
@@ -33,6 +34,14 @@ pub fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, String>) -> Re
 /// The line that is wrong, what is wrong with it, and what is expected.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())
+}
+
+/// The text of a TOML file with these settings.
+///
+/// # Errors
+/// What TOML cannot say.
+pub fn text(settings: &impl Serialize) -> Result<String, String> {
+    toml::to_string(settings).map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use nics_base::interrupt::Interrupt;
 use nics_core::checkpoint::Checkpoint;
 use nics_core::tokenizer::Tokenizer;
+use nics_core::train::Workshop;
 use nics_datasets::word_problems::Split;
-use r2r::nano::{Recipe, RingTask, Role, accuracy, train};
+use r2r::nano::{Recipe, Report, RingTask, Role, accuracy, train};
 use r2r::study::Models;
 use tch::Device;
 
@@ -71,13 +72,16 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
     let recipe = Recipe::read(&file).unwrap();
     let whole = dir.path().join("whole");
     let never = Interrupt::never();
-    train(&recipe, &dir.path().join("state"), &whole, Device::Cpu, &never, &mut |_, _, _| {}).unwrap();
+    let run = |[state, out]: [&Path; 2], interrupt: &Interrupt, report: Report| {
+        train(&recipe, &Workshop { state, out, device: Device::Cpu, interrupt }, report)
+    };
+    run([&dir.path().join("state"), &whole], &never, &mut |_, _, _| {}).unwrap();
     let (state, out) = (dir.path().join("stopped-state"), dir.path().join("stopped"));
     // Stops in the first model, then in the second, then not at all.
     for stop in [5, 16, 1000] {
         let interrupt = Interrupt::never();
         let mut steps = 0;
-        let result = train(&recipe, &state, &out, Device::Cpu, &interrupt, &mut |_, _, _| {
+        let result = run([&state, &out], &interrupt, &mut |_, _, _| {
             steps += 1;
             if steps == stop {
                 interrupt.request();
@@ -88,7 +92,7 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
     assert_eq!(hashes(&whole), hashes(&out));
     // Once more finds the work done; another recipe does not.
     let mut steps = 0;
-    train(&recipe, &state, &out, Device::Cpu, &never, &mut |_, _, _| steps += 1).unwrap();
+    run([&state, &out], &never, &mut |_, _, _| steps += 1).unwrap();
     assert_eq!(steps, 0);
     assert_eq!(
         RingTask::of_vocabulary(

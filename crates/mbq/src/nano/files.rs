@@ -1,10 +1,11 @@
 //! The files of a checkpoint beside its weights.
 
+use nics_core::train::words;
 use nics_core::vision::{PreprocessorConfig, Processor};
 use nics_datasets::symbol_grid::{
     ASSISTANT, CELL, CELLS, EDGE, EOS, EOS_ID, IMAGE, IMAGE_ID, LEVELS, SIDE, UNKNOWN, USER, vocabulary,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::Recipe;
 use crate::{Error, Result};
@@ -13,33 +14,9 @@ use crate::{Error, Result};
 const CONTEXT: usize = 256;
 const UNKNOWN_ID: u32 = 0;
 
-fn with(mut base: Value, fields: &Map<String, Value>) -> Value {
-    if let Value::Object(base) = &mut base {
-        base.extend(fields.iter().map(|(k, v)| (k.clone(), v.clone())));
-    }
-    base
-}
-
 /// A config.json of LLaVA with the fields of a recipe in it.
 pub(super) fn config(recipe: &Recipe) -> Value {
-    let text = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000.0,
-        "rope_scaling": null,
-        "max_position_embeddings": CONTEXT,
-        "attention_bias": false,
-        "mlp_bias": false,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": false,
-        "bos_token_id": null,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": UNKNOWN_ID,
-        "vocab_size": vocabulary().len(),
-        "torch_dtype": "bfloat16",
-    });
+    let text = words::llama_config(vocabulary().len(), CONTEXT, EOS_ID, UNKNOWN_ID);
     let vision = json!({
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
@@ -62,8 +39,8 @@ pub(super) fn config(recipe: &Recipe) -> Value {
         "vision_feature_select_strategy": "full",
         "tie_word_embeddings": false,
         "torch_dtype": "bfloat16",
-        "text_config": with(text, &recipe.text_config),
-        "vision_config": with(vision, &recipe.vision_config),
+        "text_config": words::with_fields(text, &recipe.text_config),
+        "vision_config": words::with_fields(vision, &recipe.vision_config),
     })
 }
 
@@ -95,31 +72,9 @@ pub(super) fn processor(config: &Value) -> Result<Processor> {
 /// Tokens with a role.
 const ADDED: [(u32, &str); 3] = [(UNKNOWN_ID, UNKNOWN), (EOS_ID, EOS), (IMAGE_ID, IMAGE)];
 
-fn added(id: Option<u32>, word: &str) -> Value {
-    let mut token = json!({
-        "content": word, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
-    });
-    if let Some(id) = id {
-        token["id"] = json!(id);
-    }
-    token
-}
-
 /// A tokenizer.json: words between white space.
 pub(super) fn tokenizer() -> Value {
-    let vocabulary: Map<String, Value> =
-        vocabulary().into_iter().enumerate().map(|(id, word)| (word, json!(id))).collect();
-    json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": ADDED.map(|(id, word)| added(Some(id), word)),
-        "normalizer": null,
-        "pre_tokenizer": { "type": "WhitespaceSplit" },
-        "post_processor": null,
-        "decoder": null,
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN },
-    })
+    words::tokenizer(&vocabulary(), &words::added_tokens(&ADDED), UNKNOWN)
 }
 
 /// A conversation as LLaVA's templates write it: one line, images first.
@@ -136,12 +91,10 @@ fn chat_template() -> String {
 
 /// A tokenizer_config.json.
 pub(super) fn tokenizer_config() -> Value {
-    let decoder: Map<String, Value> =
-        ADDED.iter().map(|(id, word)| (id.to_string(), added(None, word))).collect();
     json!({
         "add_bos_token": false,
         "add_eos_token": false,
-        "added_tokens_decoder": decoder,
+        "added_tokens_decoder": words::added_tokens_decoder(&ADDED),
         "additional_special_tokens": [IMAGE],
         "eos_token": EOS,
         "pad_token": UNKNOWN,

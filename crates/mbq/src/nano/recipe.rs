@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use nics_base::settings;
-use nics_core::train::TrainConfig;
+use nics_core::train::{TrainConfig, check_model, check_seeds};
 use nics_datasets::symbol_grid::{HALF, Nuisance};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -45,23 +45,12 @@ impl Recipe {
 
     fn parse(text: &str) -> Result<Self, String> {
         let recipe: Self = settings::parse(text)?;
-        let mut seeds = recipe.seeds.clone();
-        seeds.sort_unstable();
-        seeds.dedup();
-        if seeds.is_empty() || seeds.len() != recipe.seeds.len() {
-            return Err(format!("seeds is {:?}, expected different numbers", recipe.seeds));
-        }
-        if recipe.batch == 0 {
-            return Err("batch is 0, expected at least 1".into());
-        }
-        if !(recipe.embedding_std.is_finite() && recipe.embedding_std > 0.0) {
-            return Err(format!("embedding_std is {}, expected a number above 0", recipe.embedding_std));
-        }
+        check_seeds(&recipe.seeds)?;
+        check_model("", recipe.batch, recipe.embedding_std, &recipe.train)?;
         if recipe.nuisance.is_empty() {
             return Err("nuisance is empty, expected at least one (pixels = 0 for none)".into());
         }
         recipe.nuisance.iter().try_for_each(checked)?;
-        recipe.train.validate().map_err(|e| format!("train: {e}"))?;
         Ok(recipe)
     }
 

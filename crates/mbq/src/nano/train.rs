@@ -1,14 +1,8 @@
 //! Training of the models of a recipe.
 
-use std::path::Path;
-
-use nics_base::artefact::{AtomicDir, write_atomic};
-use nics_base::interrupt::Interrupt;
-use nics_core::checkpoint::Checkpoint;
 use nics_core::models::{Model, Vlm};
 use nics_core::train::{
-    Hooks, Loss, Micro, Progress, Summary, TrainConfig, TrainError, Trainer, is_stored, masked_cross_entropy,
-    store, vlm_from_scratch,
+    Loss, Micro, Named, Progress, Stored, Task, TrainConfig, Workshop, masked_cross_entropy, vlm_from_scratch,
 };
 use nics_core::vision::Processor;
 use nics_datasets::symbol_grid::{Nuisance, SIDE, problem};
@@ -31,64 +25,55 @@ const TOGETHER: usize = 128;
 /// Hears how a run goes: seed, progress.
 pub type Report<'a> = &'a mut dyn FnMut(u64, Progress);
 
-/// Trains every model that is not in `out` yet: `out/seed-N`. State and logs lie in `state` until a model is written; a run
-/// that was interrupted or killed goes on from there to the same weights.
+/// Trains every model that is not there yet: `seed-N`. State and logs lie beside until a model is written; a run that was
+/// interrupted or killed goes on from there to the same weights.
 ///
 /// # Errors
-/// What is wrong with the model's fields; a `state` of another recipe; an interrupt.
-pub fn train(
-    recipe: &Recipe,
-    state: &Path,
-    out: &Path,
-    device: Device,
-    interrupt: &Interrupt,
-    report: Report,
-) -> Result<()> {
+/// What is wrong with the model's fields; a state of another recipe; an interrupt.
+pub fn train(recipe: &Recipe, workshop: &Workshop, report: Report) -> Result<()> {
     for &seed in &recipe.seeds {
-        let name = format!("seed-{seed}");
         // A model's own recipe: other seeds do not change it.
         let recipe = Recipe { seeds: vec![seed], ..recipe.clone() };
-        let identity = json!({ "task": "symbol-grid", "recipe": recipe });
-        let folder = out.join(&name);
-        if is_stored(&folder, &identity)? {
-            continue;
-        }
-        let config = files::config(&recipe);
-        let processor = files::processor(&config)?;
-        let one = One { recipe: &recipe, seed, identity, processor };
-        one.train(&config, &state.join(&name), &folder, device, interrupt, &mut |p| report(seed, p))?;
+        let one = One { processor: files::processor(&files::config(&recipe))?, recipe, seed };
+        workshop.train(format!("seed-{seed}"), &one, &mut |p| report(seed, p))?;
     }
     Ok(())
 }
 
-struct One<'a> {
-    recipe: &'a Recipe,
+struct One {
+    recipe: Recipe,
     seed: u64,
-    identity: Value,
     processor: Processor,
 }
 
-impl One<'_> {
-    fn train(
-        &self,
-        config: &Value,
-        state: &Path,
-        out: &Path,
-        device: Device,
-        interrupt: &Interrupt,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<()> {
-        let Recipe { embedding_std, frozen, .. } = self.recipe;
-        let (mut model, parameters) = vlm_from_scratch(config, *embedding_std, frozen, self.seed, device)?;
-        let config_of_run = TrainConfig { seed: self.seed, ..self.recipe.train.clone() };
-        let mut trainer =
-            Trainer::new(parameters, config_of_run, &self.identity, state).map_err(nics_core::Error::from)?;
-        let mut evaluate = |_: u64| self.evaluate(&model).map_err(caller);
-        let hooks =
-            Hooks { interrupt: interrupt.clone(), progress: Some(progress), evaluate: Some(&mut evaluate) };
-        let mut loss = |micro: Micro| self.loss(&model, micro).map_err(caller);
-        let summary = trainer.run(&mut loss, hooks).map_err(nics_core::Error::from)?;
-        self.write(&mut model, config, &summary, out)
+impl Task for One {
+    type Model = Vlm;
+    type Error = Error;
+
+    fn identity(&self) -> Value {
+        json!({ "task": "symbol-grid", "recipe": self.recipe })
+    }
+
+    fn settings(&self) -> TrainConfig {
+        TrainConfig { seed: self.seed, ..self.recipe.train.clone() }
+    }
+
+    fn config(&self) -> Value {
+        files::config(&self.recipe)
+    }
+
+    fn files(&self) -> Vec<(&'static str, Value)> {
+        vec![
+            ("preprocessor_config.json", files::preprocessor_config()),
+            ("tokenizer.json", files::tokenizer()),
+            ("tokenizer_config.json", files::tokenizer_config()),
+            ("generation_config.json", files::generation_config()),
+        ]
+    }
+
+    fn start(&self, config: &Value, device: Device) -> nics_core::Result<(Vlm, Named)> {
+        let Recipe { embedding_std, frozen, .. } = &self.recipe;
+        vlm_from_scratch(config, *embedding_std, frozen, self.seed, device)
     }
 
     /// The cost of a batch: of the answers and their ends.
@@ -123,6 +108,18 @@ impl One<'_> {
         Ok(row)
     }
 
+    fn card(&self, model: &Vlm, stored: &Stored) -> Result<String> {
+        let mut right = Vec::new();
+        for nuisance in &self.recipe.nuisance {
+            let of = (Split::Test, CARD_SEED, CARD_PROBLEMS);
+            right.push((*nuisance, self.right(model, of, *nuisance)?));
+        }
+        let (recipe, problems) = (&self.recipe, CARD_PROBLEMS as u64);
+        Card { seed: self.seed, recipe, right, problems, test_seed: CARD_SEED }.render(stored)
+    }
+}
+
+impl One {
     /// Answers without a mistake and symbols that are right, of the first problems of a split under a seed. Every symbol is
     /// asked for behind the right ones, so that an answer is without a mistake exactly where a greedy one is.
     fn right(&self, model: &Vlm, of: (Split, u64, usize), nuisance: Nuisance) -> Result<[u64; 2]> {
@@ -143,37 +140,4 @@ impl One<'_> {
         }
         Ok(right)
     }
-
-    fn write(&self, model: &mut Vlm, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
-        let dir = AtomicDir::create(out)?;
-        let files = [
-            ("preprocessor_config.json", files::preprocessor_config()),
-            ("tokenizer.json", files::tokenizer()),
-            ("tokenizer_config.json", files::tokenizer_config()),
-            ("generation_config.json", files::generation_config()),
-        ];
-        let parameters = store(model, dir.path(), config, &files, &self.identity, summary)?;
-        let mut right = Vec::new();
-        for nuisance in &self.recipe.nuisance {
-            let of = (Split::Test, CARD_SEED, CARD_PROBLEMS);
-            right.push((*nuisance, self.right(model, of, *nuisance)?));
-        }
-        let weights_hash = Checkpoint::open_dir(dir.path()).and_then(|c| c.weights_hash());
-        let card = Card {
-            seed: self.seed,
-            recipe: self.recipe,
-            summary,
-            parameters,
-            weights_hash: &weights_hash.map_err(nics_core::Error::from)?,
-            right,
-            problems: CARD_PROBLEMS as u64,
-            test_seed: CARD_SEED,
-        };
-        write_atomic(dir.path().join("README.md"), card.render()?)?;
-        Ok(dir.commit()?)
-    }
-}
-
-fn caller(e: Error) -> TrainError {
-    TrainError::Caller(e.into())
 }

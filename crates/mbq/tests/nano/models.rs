@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mbq::language::Language;
-use mbq::nano::{ANSWER, POSITIONS, Recipe, train};
+use mbq::nano::{ANSWER, POSITIONS, Recipe, Report, train};
 use nics_base::interrupt::Interrupt;
 use nics_core::cache::DenseCache;
 use nics_core::checkpoint::Checkpoint;
@@ -11,6 +11,7 @@ use nics_core::generate::{Generator, Prompt, Request, collect};
 use nics_core::models::load_vlm;
 use nics_core::template::{ChatTemplate, Content, Message, RenderOptions};
 use nics_core::tokenizer::Tokenizer;
+use nics_core::train::Workshop;
 use nics_core::vision::{Media, Processor, RgbImage};
 use nics_datasets::symbol_grid::{EDGE, EOS_ID, Nuisance, SymbolGrid, problem, problems};
 use nics_datasets::word_problems::Split;
@@ -99,12 +100,15 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
     let recipe = Recipe::read(&file).unwrap();
     let whole = dir.path().join("whole");
     let never = Interrupt::never();
-    train(&recipe, &dir.path().join("state"), &whole, Device::Cpu, &never, &mut |_, _| {}).unwrap();
+    let run = |recipe: &Recipe, [state, out]: [&Path; 2], interrupt: &Interrupt, report: Report| {
+        train(recipe, &Workshop { state, out, device: Device::Cpu, interrupt }, report)
+    };
+    run(&recipe, [&dir.path().join("state"), &whole], &never, &mut |_, _| {}).unwrap();
     let (state, out) = (dir.path().join("stopped-state"), dir.path().join("stopped"));
     for stop in [5, 4, 1000] {
         let interrupt = Interrupt::never();
         let mut steps = 0;
-        let result = train(&recipe, &state, &out, Device::Cpu, &interrupt, &mut |_, _| {
+        let result = run(&recipe, [&state, &out], &interrupt, &mut |_, _| {
             steps += 1;
             if steps == stop {
                 interrupt.request();
@@ -115,7 +119,7 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
     assert_eq!(hash(&whole), hash(&out));
     // Once more finds the work done.
     let mut steps = 0;
-    train(&recipe, &state, &out, Device::Cpu, &never, &mut |_, _| steps += 1).unwrap();
+    run(&recipe, [&state, &out], &never, &mut |_, _| steps += 1).unwrap();
     assert_eq!(steps, 0);
     // What is frozen stays as it was drawn, so that a run of one step has the same tower; what is not does not.
     let short = Recipe {
@@ -123,7 +127,7 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
         ..recipe.clone()
     };
     let other = dir.path().join("short");
-    train(&short, &dir.path().join("short-state"), &other, Device::Cpu, &never, &mut |_, _| {}).unwrap();
+    run(&short, [&dir.path().join("short-state"), &other], &never, &mut |_, _| {}).unwrap();
     let tensor = |out: &Path, name: &str| {
         let checkpoint = Checkpoint::open_dir(&out.join("seed-7")).unwrap();
         checkpoint.root(Device::Cpu, Kind::Float).stored(name).unwrap()
@@ -138,8 +142,7 @@ fn training_stopped_anywhere_ends_with_the_same_weights() {
     Language::load(&checkpoint, Device::Cpu, Kind::Float).unwrap();
     // And what is not there cannot be frozen.
     let wrong = Recipe { frozen: vec!["tower.".into()], ..recipe };
-    let error =
-        train(&wrong, &dir.path().join("w"), &dir.path().join("x"), Device::Cpu, &never, &mut |_, _| {});
+    let error = run(&wrong, [&dir.path().join("w"), &dir.path().join("x")], &never, &mut |_, _| {});
     assert!(error.unwrap_err().to_string().contains("\"tower.\""));
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use nics_base::ci::wilson;
+use nics_base::settings;
 use nics_core::train::Summary;
 use nics_core::{Error, Result};
 
@@ -74,7 +75,7 @@ impl Card<'_> {
                 100.0 * high
             );
         }
-        let text = toml::to_string(recipe).map_err(Error::input)?;
+        let text = settings::text(recipe).map_err(Error::Input)?;
         let _ = write!(card, "\n```toml\n{}\n```\n", text.trim_end());
         Ok(card)
     }

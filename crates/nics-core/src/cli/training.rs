@@ -1,16 +1,15 @@
 //! Flags of trainings, and their progress on the terminal.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress as Bar;
-use tch::Device;
 
 use super::{DeviceArgs, training_state};
-use crate::train::Progress;
+use crate::train::{Progress, Workshop};
 
-/// Flags of a command that trains the models of a recipe, one for each seed.
+/// Flags of a command that trains the models of a recipe.
 #[derive(Debug, Clone, Args)]
 pub struct ModelsOfRecipeArgs {
     /// The recipe (TOML)
@@ -27,27 +26,26 @@ pub struct ModelsOfRecipeArgs {
     pub run_on: DeviceArgs,
 }
 
-/// Hears how the training of a seed's model goes.
-type Report<'a> = &'a mut dyn FnMut(u64, Progress);
+/// Hears how the training of a model goes: what it is called.
+type Report<'a> = &'a mut dyn FnMut(String, Progress);
 
 impl ModelsOfRecipeArgs {
-    /// Calls `train` with state, folder of the models, device and interrupt, and shows what it reports.
+    /// Calls `train` with what the flags say, and shows what it reports.
     ///
     /// # Errors
     /// A device that there is not, signals that cannot be caught, and what `train` returns.
     pub fn run<E: From<crate::Error> + From<std::io::Error>>(
         &self,
         quiet: bool,
-        train: impl FnOnce(&Path, &Path, Device, &Interrupt, Report) -> Result<(), E>,
+        train: impl FnOnce(&Workshop, Report) -> Result<(), E>,
     ) -> Result<(), E> {
         self.run_on.set_threads()?;
         let device = self.run_on.device.open()?;
         let state = training_state(self.state.as_deref(), &self.out);
         let interrupt = Interrupt::install()?;
         let mut bars = TrainingBars::new(quiet);
-        train(&state, &self.out, device, &interrupt, &mut |seed, p| {
-            bars.show(format!("model of seed {seed}"), &p);
-        })?;
+        let workshop = Workshop { state: &state, out: &self.out, device, interrupt: &interrupt };
+        train(&workshop, &mut |name, p| bars.show(name, &p))?;
         bars.finish();
         Ok(())
     }

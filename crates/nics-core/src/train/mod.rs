@@ -26,6 +26,7 @@
 //! | `adamw`, `clip`, `schedule` | the optimiser's parts, each after torch or transformers |
 //! | `loss` | [`masked_cross_entropy`] |
 //! | `scratch` | [`from_scratch`], [`vlm_from_scratch`], [`store`]: the weights that a model begins with, and its checkpoint |
+//! | `task`, `words` | [`Workshop`]: a small model from nothing on a [`Task`], and [the files](words) of one whose tokens are words |
 //! | `state`, `log` | `state.safetensors` and `metrics.jsonl` in the run's folder |
 
 mod adamw;
@@ -37,7 +38,9 @@ mod loss;
 mod schedule;
 mod scratch;
 mod state;
+mod task;
 mod trainer;
+pub mod words;
 
 pub use adamw::{AdamW, AdamWOptions, Moments};
 pub use clip::{clip_coefficient, global_norm};
@@ -46,6 +49,7 @@ pub use error::{Result, TrainError};
 pub use log::{EvalRow, LogRow, StepRow};
 pub use loss::{IGNORED, Loss, masked_cross_entropy};
 pub use schedule::Schedule;
-pub use scratch::{TRAINING_FILE, from_scratch, is_stored, store, vlm_from_scratch};
+pub use scratch::{Named, TRAINING_FILE, from_scratch, is_stored, store, vlm_from_scratch};
 pub use state::STATE_FILE;
+pub use task::{Stored, Task, Workshop, check_model, check_seeds, share};
 pub use trainer::{Hooks, METRICS_FILE, Micro, Progress, Summary, Trainer};

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub const TRAINING_FILE: &str = "training.json";
 
 /// Parameters with their names.
-type Named = Vec<(String, Tensor)>;
+pub type Named = Vec<(String, Tensor)>;
 
 /// The decoder of a config.json with weights drawn from the seed, float32, and its parameters, which ask for gradients.
 /// Matrices have deviation `1 / sqrt(in)`, what ends a residual branch is smaller by `sqrt(2 layers)` (Radford et al.,

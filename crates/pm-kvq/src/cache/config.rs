@@ -312,8 +312,8 @@ mod tests {
             "preset=official, budget=64MiB,min-bits=2/4,window=32,shrink=newest,exact=f16,group=64"
                 .parse()
                 .unwrap();
-        let toml = toml::to_string(&words).unwrap();
-        assert_eq!(toml::from_str::<CacheConfig>(&toml).unwrap(), words);
+        let toml = settings::text(&words).unwrap();
+        assert_eq!(settings::parse::<CacheConfig>(&toml).unwrap(), words);
         assert_eq!(words.budget, Some(64 << 20));
         assert_eq!(words.min_bits, [Bits::B2, Bits::B4]);
         assert_eq!("".parse::<CacheConfig>().unwrap(), CacheConfig::default());

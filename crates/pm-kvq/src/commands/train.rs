@@ -18,8 +18,8 @@ pub struct Train {
 impl Train {
     pub fn run(self, quiet: bool) -> Result<()> {
         let recipe = Recipe::read(&self.models.recipe)?;
-        self.models.run(quiet, |state, out, device, interrupt, report| {
-            anyhow::Ok(train(&recipe, state, out, device, interrupt, report)?)
+        self.models.run(quiet, |workshop, report| {
+            anyhow::Ok(train(&recipe, workshop, &mut |seed, p| report(format!("model of seed {seed}"), p))?)
         })?;
         eprintln!("{}: {} models", self.models.out.display(), recipe.seeds.len());
         Ok(())

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use nics_base::settings;
-use nics_core::train::TrainConfig;
+use nics_core::train::{TrainConfig, check_model, check_seeds};
 use nics_datasets::adding_ring::LINES;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -45,15 +45,8 @@ impl Recipe {
 
     fn parse(text: &str) -> Result<Self, String> {
         let recipe: Self = settings::parse(text)?;
-        let mut seeds = recipe.seeds.clone();
-        seeds.sort_unstable();
-        seeds.dedup();
-        if seeds.is_empty() || seeds.len() != recipe.seeds.len() {
-            return Err(format!("seeds is {:?}, expected different numbers", recipe.seeds));
-        }
-        if recipe.batch == 0 {
-            return Err("batch is 0, expected at least 1".into());
-        }
+        check_seeds(&recipe.seeds)?;
+        check_model("", recipe.batch, recipe.embedding_std, &recipe.train)?;
         if recipe.recalls >= LINES {
             return Err(format!("recalls is {}, expected less than {LINES}", recipe.recalls));
         }
@@ -63,10 +56,6 @@ impl Recipe {
         if !(0.0..=1.0).contains(&recipe.short_share) {
             return Err(format!("short_share is {}, expected 0 to 1", recipe.short_share));
         }
-        if !(recipe.embedding_std.is_finite() && recipe.embedding_std > 0.0) {
-            return Err(format!("embedding_std is {}, expected a number above 0", recipe.embedding_std));
-        }
-        recipe.train.validate().map_err(|e| format!("train: {e}"))?;
         Ok(recipe)
     }
 

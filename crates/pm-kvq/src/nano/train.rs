@@ -1,16 +1,11 @@
 //! Training of the models of a recipe.
 
-use std::path::Path;
-
-use nics_base::artefact::{AtomicDir, write_atomic};
-use nics_base::interrupt::Interrupt;
 use nics_core::cache::{DenseCache, NoCache};
-use nics_core::checkpoint::Checkpoint;
 use nics_core::models::{Batch, Decoder, Input, Model};
 use nics_core::seam::{Ragged, SeqId};
 use nics_core::train::{
-    Hooks, IGNORED, Loss, Micro, Progress, Summary, TrainConfig, TrainError, Trainer, from_scratch,
-    is_stored, masked_cross_entropy, store,
+    IGNORED, Loss, Micro, Named, Progress, Stored, Task, TrainConfig, Workshop, from_scratch,
+    masked_cross_entropy,
 };
 use nics_datasets::adding_ring::{AddingRing, DIGITS, LINE_TOKENS, RECALL_ID, TOKENS, problem, problems};
 use nics_datasets::word_problems::Split;
@@ -29,60 +24,51 @@ const CARD_SEED: u64 = 1_000_000;
 /// Hears how a run goes: seed, progress.
 pub type Report<'a> = &'a mut dyn FnMut(u64, Progress);
 
-/// Trains every model that is not in `out` yet: `out/seed-N`. State and logs lie in `state` until a model is written; a run
-/// that was interrupted or killed goes on from there to the same weights.
+/// Trains every model that is not there yet: `seed-N`. State and logs lie beside until a model is written; a run that was
+/// interrupted or killed goes on from there to the same weights.
 ///
 /// # Errors
-/// What is wrong with the model's fields; a `state` of another recipe; an interrupt.
-pub fn train(
-    recipe: &Recipe,
-    state: &Path,
-    out: &Path,
-    device: Device,
-    interrupt: &Interrupt,
-    report: Report,
-) -> Result<()> {
+/// What is wrong with the model's fields; a state of another recipe; an interrupt.
+pub fn train(recipe: &Recipe, workshop: &Workshop, report: Report) -> Result<()> {
     for &seed in &recipe.seeds {
-        let name = format!("seed-{seed}");
         // A model's own recipe: other seeds do not change it.
-        let recipe = Recipe { seeds: vec![seed], ..recipe.clone() };
-        let identity = json!({ "task": "adding-ring", "recipe": recipe });
-        let folder = out.join(&name);
-        if is_stored(&folder, &identity)? {
-            continue;
-        }
-        let one = One { recipe: &recipe, seed, identity };
-        one.train(&state.join(&name), &folder, device, interrupt, &mut |p| report(seed, p))?;
+        let one = One { recipe: Recipe { seeds: vec![seed], ..recipe.clone() }, seed };
+        workshop.train(format!("seed-{seed}"), &one, &mut |p| report(seed, p))?;
     }
     Ok(())
 }
 
-struct One<'a> {
-    recipe: &'a Recipe,
+struct One {
+    recipe: Recipe,
     seed: u64,
-    identity: Value,
 }
 
-impl One<'_> {
-    fn train(
-        &self,
-        state: &Path,
-        out: &Path,
-        device: Device,
-        interrupt: &Interrupt,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<()> {
-        let config = files::config(&self.recipe.config);
-        let (mut decoder, parameters) = from_scratch(&config, self.recipe.embedding_std, self.seed, device)?;
-        let config_of_run = TrainConfig { seed: self.seed, ..self.recipe.train.clone() };
-        let mut trainer =
-            Trainer::new(parameters, config_of_run, &self.identity, state).map_err(nics_core::Error::from)?;
-        let mut evaluate = |_: u64| self.evaluate(&decoder).map_err(caller);
-        let hooks =
-            Hooks { interrupt: interrupt.clone(), progress: Some(progress), evaluate: Some(&mut evaluate) };
-        let mut loss = |micro: Micro| self.loss(&decoder, micro).map_err(caller);
-        let summary = trainer.run(&mut loss, hooks).map_err(nics_core::Error::from)?;
-        self.write(&mut decoder, &config, &summary, out)
+impl Task for One {
+    type Model = Decoder;
+    type Error = Error;
+
+    fn identity(&self) -> Value {
+        json!({ "task": "adding-ring", "recipe": self.recipe })
+    }
+
+    fn settings(&self) -> TrainConfig {
+        TrainConfig { seed: self.seed, ..self.recipe.train.clone() }
+    }
+
+    fn config(&self) -> Value {
+        files::config(&self.recipe.config)
+    }
+
+    fn files(&self) -> Vec<(&'static str, Value)> {
+        vec![
+            ("tokenizer.json", files::tokenizer()),
+            ("tokenizer_config.json", files::tokenizer_config()),
+            ("generation_config.json", files::generation_config()),
+        ]
+    }
+
+    fn start(&self, config: &Value, device: Device) -> nics_core::Result<(Decoder, Named)> {
+        from_scratch(config, self.recipe.embedding_std, self.seed, device)
     }
 
     /// The cost of a batch of texts: of what follows their first lines. Texts ask for recall at every place in turn; where is
@@ -111,7 +97,7 @@ impl One<'_> {
         Ok(masked_cross_entropy(&model.logits(&out.hidden)?, &labels).map_err(nics_core::Error::from)?)
     }
 
-    fn evaluate(&self, model: &dyn Model) -> Result<Map<String, Value>> {
+    fn evaluate(&self, model: &Decoder) -> Result<Map<String, Value>> {
         let mut row = Map::new();
         if self.recipe.validation > 0 {
             let problems: Vec<_> = problems(Split::Validation, self.seed, self.recipe.validation).collect();
@@ -124,34 +110,12 @@ impl One<'_> {
         Ok(row)
     }
 
-    fn write(&self, decoder: &mut Decoder, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
-        let dir = AtomicDir::create(out)?;
-        let files = [
-            ("tokenizer.json", files::tokenizer()),
-            ("tokenizer_config.json", files::tokenizer_config()),
-            ("generation_config.json", files::generation_config()),
-        ];
-        let parameters = store(decoder, dir.path(), config, &files, &self.identity, summary)?;
+    fn card(&self, model: &Decoder, stored: &Stored) -> Result<String> {
         let problems: Vec<_> = problems(Split::Test, CARD_SEED, CARD_PROBLEMS).collect();
-        let right = right(decoder, &problems)?;
-        let weights_hash = Checkpoint::open_dir(dir.path()).and_then(|c| c.weights_hash());
-        let card = Card {
-            seed: self.seed,
-            recipe: self.recipe,
-            summary,
-            parameters,
-            weights_hash: &weights_hash.map_err(nics_core::Error::from)?,
-            right,
-            problems: CARD_PROBLEMS as u64,
-            test_seed: CARD_SEED,
-        };
-        write_atomic(dir.path().join("README.md"), card.render()?)?;
-        Ok(dir.commit()?)
+        let right = right(model, &problems)?;
+        let (recipe, problems) = (&self.recipe, CARD_PROBLEMS as u64);
+        Card { seed: self.seed, recipe, right, problems, test_seed: CARD_SEED }.render(stored)
     }
-}
-
-fn caller(e: Error) -> TrainError {
-    TrainError::Caller(e.into())
 }
 
 /// Texts that are written without a mistake, and first lines that are recalled.

@@ -1,5 +1,6 @@
 //! The files of a checkpoint beside its weights.
 
+use nics_core::train::words;
 use nics_datasets::ring;
 use serde_json::{Map, Value, json};
 
@@ -11,7 +12,7 @@ pub(super) const CONTEXT: usize = 128;
 /// A config.json of Qwen3 with the fields of a recipe in it.
 pub(super) fn config(task: &RingTask, fields: &Map<String, Value>) -> Value {
     let id = |word: &str| task.words().iter().position(|w| w == word);
-    let mut config = json!({
+    let config = json!({
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_act": "silu",
@@ -30,30 +31,19 @@ pub(super) fn config(task: &RingTask, fields: &Map<String, Value>) -> Value {
         "vocab_size": task.words().len(),
         "torch_dtype": "bfloat16",
     });
-    if let Value::Object(config) = &mut config {
-        config.extend(fields.iter().map(|(k, v)| (k.clone(), v.clone())));
-    }
-    config
+    words::with_fields(config, fields)
 }
 
 /// A tokenizer.json: words between white space.
 pub(super) fn tokenizer(task: &RingTask) -> Value {
-    let vocabulary: Map<String, Value> =
-        task.words().iter().enumerate().map(|(id, word)| (word.clone(), json!(id))).collect();
-    json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added(task).into_iter().map(|(id, word, special)| json!({
+    let one = |(id, word, special)| {
+        json!({
             "id": id, "content": word, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": special,
-        })).collect::<Vec<_>>(),
-        "normalizer": null,
-        "pre_tokenizer": { "type": "WhitespaceSplit" },
-        "post_processor": null,
-        "decoder": null,
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": ring::UNKNOWN },
-    })
+        })
+    };
+    let added: Vec<Value> = added(task).into_iter().map(one).collect();
+    words::tokenizer(task.words(), &added, ring::UNKNOWN)
 }
 
 /// Tokens with a role; those around the thinking part are ordinary text, as Qwen3 has them.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use nics_base::settings;
-use nics_core::train::TrainConfig;
+use nics_core::train::{TrainConfig, check_model, check_seeds};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -80,25 +80,13 @@ impl Recipe {
     fn parse(text: &str) -> Result<Self, String> {
         let recipe: Self = settings::parse(text)?;
         RingTask::new(recipe.modulus).map_err(|e| e.to_string())?;
-        let mut seeds = recipe.seeds.clone();
-        seeds.sort_unstable();
-        seeds.dedup();
-        if seeds.is_empty() || seeds.len() != recipe.seeds.len() {
-            return Err(format!("seeds is {:?}, expected different numbers", recipe.seeds));
-        }
+        check_seeds(&recipe.seeds)?;
         if recipe.models.is_empty() {
             return Err("models is empty, expected small, middle or large".into());
         }
         for (role, model) in &recipe.models {
-            let role = role.name();
-            if model.batch == 0 {
-                return Err(format!("models.{role}.batch is 0, expected at least 1"));
-            }
-            if !(model.embedding_std.is_finite() && model.embedding_std > 0.0) {
-                let found = model.embedding_std;
-                return Err(format!("models.{role}.embedding_std is {found}, expected a number above 0"));
-            }
-            model.train.validate().map_err(|e| format!("models.{role}.train: {e}"))?;
+            let under = format!("models.{}.", role.name());
+            check_model(&under, model.batch, model.embedding_std, &model.train)?;
         }
         Ok(recipe)
     }

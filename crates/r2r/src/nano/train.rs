@@ -2,16 +2,13 @@
 
 use std::path::Path;
 
-use nics_base::artefact::{AtomicDir, write_atomic};
-use nics_base::interrupt::Interrupt;
 use nics_core::cache::{DenseCache, NoCache};
-use nics_core::checkpoint::Checkpoint;
 use nics_core::generate::{Generator, Request, collect};
 use nics_core::models::{Batch, Decoder, Input, Model};
 use nics_core::seam::{Ragged, SeqId};
 use nics_core::train::{
-    Hooks, IGNORED, Loss, Micro, Progress, Summary, Trainer, from_scratch, is_stored, masked_cross_entropy,
-    store,
+    IGNORED, Loss, Micro, Named, Progress, Stored, Task, TrainConfig, Workshop, from_scratch,
+    masked_cross_entropy,
 };
 use nics_datasets::word_problems::Split;
 use serde_json::{Map, Value, json};
@@ -19,7 +16,7 @@ use tch::{Device, Tensor};
 
 use super::card::Card;
 use super::{ModelRecipe, RESPONSE_TOKENS, Recipe, RingTask, Role, files};
-use crate::Result;
+use crate::{Error, Result};
 
 /// Problems of the test split on which a finished model is measured; its seed is kept for that.
 const CARD_PROBLEMS: usize = 1000;
@@ -31,32 +28,18 @@ const BATCH: usize = 250;
 /// Hears how a run goes: pair, model, progress.
 pub type Report<'a> = &'a mut dyn FnMut(u64, Role, Progress);
 
-/// Trains every model of every pair that is not in `out` yet: `out/seed-N/small` and so on. State and logs lie in
-/// `state` until a model is written; a run that was interrupted or killed goes on from there to the same weights.
+/// Trains every model of every pair that is not there yet: `seed-N/small` and so on. State and logs lie beside until a
+/// model is written; a run that was interrupted or killed goes on from there to the same weights.
 ///
 /// # Errors
-/// What is wrong with a model's fields; a `state` of another recipe; an interrupt.
-pub fn train(
-    recipe: &Recipe,
-    state: &Path,
-    out: &Path,
-    device: Device,
-    interrupt: &Interrupt,
-    report: Report,
-) -> Result<()> {
+/// What is wrong with a model's fields; a state of another recipe; an interrupt.
+pub fn train(recipe: &Recipe, workshop: &Workshop, report: Report) -> Result<()> {
     let task = RingTask::new(recipe.modulus)?;
     for &seed in &recipe.seeds {
         for (&role, model) in &recipe.models {
-            let pair = format!("seed-{seed}");
-            let folder = out.join(&pair).join(role.name());
-            let identity = json!({ "modulus": recipe.modulus, "seed": seed, "role": role, "model": model,
-                "validation": recipe.validation });
-            if is_stored(&folder, &identity)? {
-                continue;
-            }
-            let one = One { task: &task, model, role, seed, validation: recipe.validation, identity };
-            let state = state.join(&pair).join(role.name());
-            one.train(&state, &folder, device, interrupt, &mut |p| report(seed, role, p))?;
+            let one = One { task: &task, model, role, seed, validation: recipe.validation };
+            let folder = Path::new(&format!("seed-{seed}")).join(role.name());
+            workshop.train(folder, &one, &mut |p| report(seed, role, p))?;
         }
     }
     Ok(())
@@ -68,39 +51,35 @@ struct One<'a> {
     role: Role,
     seed: u64,
     validation: usize,
-    identity: Value,
 }
 
-impl One<'_> {
-    fn train(
-        &self,
-        state: &Path,
-        out: &Path,
-        device: Device,
-        interrupt: &Interrupt,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<()> {
-        let config = files::config(self.task, &self.model.config);
-        let (mut decoder, parameters) = from_scratch(&config, self.model.embedding_std, self.seed, device)?;
-        let train = nics_core::train::TrainConfig { seed: self.seed, ..self.model.train.clone() };
-        let mut trainer = Trainer::new(parameters, train, &self.identity, state)?;
-        let mut evaluate = |_: u64| {
-            let mut row = Map::new();
-            if self.validation > 0 {
-                let accuracy = accuracy(&decoder, self.task, Split::Validation, self.seed, self.validation);
-                let accuracy = accuracy.map_err(|e| nics_core::train::TrainError::Caller(e.into()))?;
-                tracing::info!("{}: {:.1} % of the validation problems", self.role.name(), 100.0 * accuracy);
-                row.insert("validation_accuracy".into(), json!(accuracy));
-            }
-            Ok(row)
-        };
-        let hooks =
-            Hooks { interrupt: interrupt.clone(), progress: Some(progress), evaluate: Some(&mut evaluate) };
-        let mut loss = |micro: Micro| {
-            self.loss(&decoder, micro).map_err(|e| nics_core::train::TrainError::Caller(e.into()))
-        };
-        let summary = trainer.run(&mut loss, hooks)?;
-        self.write(&mut decoder, &config, &summary, out)
+impl Task for One<'_> {
+    type Model = Decoder;
+    type Error = Error;
+
+    fn identity(&self) -> Value {
+        let Self { task, model, role, seed, validation } = self;
+        json!({ "modulus": task.ring().modulus(), "seed": seed, "role": role, "model": model, "validation": validation })
+    }
+
+    fn settings(&self) -> TrainConfig {
+        TrainConfig { seed: self.seed, ..self.model.train.clone() }
+    }
+
+    fn config(&self) -> Value {
+        files::config(self.task, &self.model.config)
+    }
+
+    fn files(&self) -> Vec<(&'static str, Value)> {
+        vec![
+            ("tokenizer.json", files::tokenizer(self.task)),
+            ("tokenizer_config.json", files::tokenizer_config(self.task)),
+            ("generation_config.json", files::generation_config(self.task)),
+        ]
+    }
+
+    fn start(&self, config: &Value, device: Device) -> nics_core::Result<(Decoder, Named)> {
+        from_scratch(config, self.model.embedding_std, self.seed, device)
     }
 
     /// The cost of a batch of problems: of their responses alone.
@@ -129,29 +108,22 @@ impl One<'_> {
         Ok(masked_cross_entropy(&model.logits(&out.hidden)?, &labels)?)
     }
 
-    fn write(&self, decoder: &mut Decoder, config: &Value, summary: &Summary, out: &Path) -> Result<()> {
-        let dir = AtomicDir::create(out)?;
-        let files = [
-            ("tokenizer.json", files::tokenizer(self.task)),
-            ("tokenizer_config.json", files::tokenizer_config(self.task)),
-            ("generation_config.json", files::generation_config(self.task)),
-        ];
-        let parameters = store(decoder, dir.path(), config, &files, &self.identity, summary)?;
-        let accuracy = accuracy(decoder, self.task, Split::Test, CARD_SEED, CARD_PROBLEMS)?;
-        let card = Card {
-            task: self.task,
-            role: self.role,
-            seed: self.seed,
-            model: self.model,
-            summary,
-            parameters,
-            weights_hash: &Checkpoint::open_dir(dir.path())?.weights_hash()?,
-            right: (accuracy * CARD_PROBLEMS as f64).round() as u64,
-            problems: CARD_PROBLEMS as u64,
-            test_seed: CARD_SEED,
-        };
-        write_atomic(dir.path().join("README.md"), card.render()?)?;
-        Ok(dir.commit()?)
+    fn evaluate(&self, model: &Decoder) -> Result<Map<String, Value>> {
+        let mut row = Map::new();
+        if self.validation > 0 {
+            let accuracy = accuracy(model, self.task, Split::Validation, self.seed, self.validation)?;
+            tracing::info!("{}: {:.1} % of the validation problems", self.role.name(), 100.0 * accuracy);
+            row.insert("validation_accuracy".into(), json!(accuracy));
+        }
+        Ok(row)
+    }
+
+    fn card(&self, model: &Decoder, stored: &Stored) -> Result<String> {
+        let Self { task, model: recipe, role, seed, .. } = *self;
+        let accuracy = accuracy(model, task, Split::Test, CARD_SEED, CARD_PROBLEMS)?;
+        let right = (accuracy * CARD_PROBLEMS as f64).round() as u64;
+        let problems = CARD_PROBLEMS as u64;
+        Card { task, role, seed, model: recipe, right, problems, test_seed: CARD_SEED }.render(stored)
     }
 }
 

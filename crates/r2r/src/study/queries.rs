@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use nics_base::artefact::write_atomic;
-use nics_base::jsonl;
+use nics_base::{jsonl, settings};
 use nics_datasets::ring::{CLOSINGS, CONNECTIVES, RingProblem, SEPARATORS};
 use nics_datasets::word_problems::Split;
 
@@ -64,6 +64,6 @@ pub fn write_queries(study: &Study, task: &RingTask, seed: u64, dir: &Path) -> R
         let queries: Vec<Query> = problems(study, task, part, seed).into_iter().map(query).collect();
         jsonl::write(dir.join(part.file()), &queries)?;
     }
-    let text = toml::to_string(&synonyms()).map_err(|e| Error::Input(e.to_string()))?;
+    let text = settings::text(&synonyms()).map_err(Error::Input)?;
     Ok(write_atomic(dir.join(SYNONYMS_FILE), text)?)
 }

@@ -10,6 +10,7 @@ use nics_base::interrupt::Interrupt;
 use nics_core::checkpoint::Checkpoint;
 use nics_core::models::{self, Decoder};
 use nics_core::tokenizer::Tokenizer;
+use nics_core::train::Workshop;
 use nics_datasets::ring;
 use nics_datasets::word_problems::Split;
 use r2r::nano::{Recipe, RingTask};
@@ -49,7 +50,9 @@ pub fn pair() -> &'static Path {
         let recipe = Recipe::read(&recipe).unwrap();
         let out = root.join("pairs");
         let never = Interrupt::never();
-        r2r::nano::train(&recipe, &root.join("state"), &out, Device::Cpu, &never, &mut |_, _, _| {}).unwrap();
+        let (state, device) = (&root.join("state"), Device::Cpu);
+        let workshop = Workshop { state, out: &out, device, interrupt: &never };
+        r2r::nano::train(&recipe, &workshop, &mut |_, _, _| {}).unwrap();
         out.join("seed-3")
     })
 }

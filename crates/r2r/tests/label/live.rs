@@ -77,7 +77,7 @@ fn a_judge_of_one_mind_gives_the_path_of_one_model() {
 fn the_rule_takes_the_large_model_only_where_it_matters() {
     let (small, large) = (Model::open(&small()), Model::open(&large()));
     let prompts: Vec<Vec<u32>> = (0..12).map(prompt).collect();
-    let table: SynonymTable = toml::from_str(&table()).unwrap();
+    let table: SynonymTable = nics_base::settings::parse(&table()).unwrap();
     let run = |batch| {
         let settings = settings(&large, batch);
         let mut judge = RuleJudge::new(&table, &large.tokenizer, settings.stops.clone()).unwrap();
