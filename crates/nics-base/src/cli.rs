@@ -24,6 +24,8 @@
 //! }
 //! ```
 
+mod measured;
+
 use std::any::Any;
 use std::io::{self, IsTerminal};
 use std::num::NonZero;

@@ -9,6 +9,7 @@
 //! | [`shard`] | `--shard i/n`, shard file names, merging |
 //! | [`exit`] | exit codes and the errors that ask for one |
 //! | [`settings`] | settings in TOML files |
+//! | [`study`] | the points of a study: measured in shards, resumable |
 //! | [`row`], [`ci`], [`report`] | result rows, their confidence intervals, Markdown and HTML from rows alone |
 //! | [`interrupt`] | a flag that SIGINT and SIGTERM set |
 //! | [`sandbox`] | other people's programs under limits on time, memory, files and network |
@@ -32,6 +33,7 @@ pub mod settings;
 pub mod shard;
 pub mod size;
 pub mod spread;
+pub mod study;
 
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use mbq::study::{About, Claims, Inputs, LIMITS, Output, POINTS_FILE, Study as Settings, evaluate, figures};
-use nics_base::interrupt::Interrupt;
-use nics_base::progress::Progress;
-use nics_base::{jsonl, row};
+use mbq::study::{About, Claims, Inputs, LIMITS, Study as Settings, evaluate, figures};
+use nics_base::{row, study};
 use nics_core::cli::{DeviceArgs, ShardArg, seeded};
 
 /// Studies nano models: every method at every width, answering the same problems.
@@ -85,26 +83,8 @@ impl Evaluate {
         self.run_on.set_threads()?;
         std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;
         let study = Settings::read(&self.settings)?;
-        let interrupt = Interrupt::install()?;
-        let mut shown = None;
-        let mut report = |done: usize, all: usize, what: &str| {
-            let bar = shown.get_or_insert_with(|| {
-                if quiet { Progress::hidden() } else { Progress::new(all as u64, "evaluate") }
-            });
-            bar.set(done as u64);
-            if !what.is_empty() {
-                bar.label(what);
-            }
-        };
         let inputs = Inputs { model: &self.model, study: &study, seed: self.seed };
-        let shard = self.shard.resolve()?;
-        let output = Output { dir: &self.out, shard, interrupt: &interrupt, report: &mut report };
-        let (file, points) = evaluate(&inputs, output)?;
-        if let Some(bar) = shown {
-            bar.finish();
-        }
-        eprintln!("{}: {} points", file.display(), points.len());
-        Ok(())
+        self.shard.measure(&self.out, quiet, |output| Ok(evaluate(&inputs, output)?))
     }
 }
 
@@ -115,10 +95,7 @@ impl Report {
             Some(file) => Claims::read(file, &study)?,
             None => Claims::default(),
         };
-        let mut seeds = Vec::new();
-        for (seed, folder) in &self.points {
-            seeds.push((*seed, jsonl::read(folder.join(POINTS_FILE))?));
-        }
+        let seeds = study::read(&self.points)?;
         let about = About { preset: self.preset.clone(), model: "mbq-nano".into() };
         let (rows, comparisons) = figures(&study, &claims, &about, &seeds)?;
         row::write(&self.out, &rows)?;

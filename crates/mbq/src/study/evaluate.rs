@@ -1,25 +1,18 @@
-//! Every method on the test problems of one model.
-//!
-//! A shard takes its part of the list of [`variants`]; points are appended as they are measured, and a run that was stopped
-//! goes on behind them.
+//! Every method on the test problems of one model: the list of [`variants`].
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::{self, JsonlLog};
-use nics_base::shard::{Shard, ShardName};
+use nics_base::study::{Output, Points};
 use tch::{Kind, Tensor};
 
 use super::subject::Said;
 use super::variants::condition;
-use super::{POINTS_FILE, Point, Study, Subject, Variant, variants};
+use super::{Point, Study, Subject, Variant, variants};
 use crate::Result;
 use crate::artefact::Origin;
 use crate::sensitivity::Ratios;
-
-/// Hears of variants done, all variants, and which is next.
-pub type Report<'a> = &'a mut dyn FnMut(usize, usize, &str);
 
 /// What an evaluation works with.
 pub struct Inputs<'a> {
@@ -31,62 +24,38 @@ pub struct Inputs<'a> {
     pub seed: u64,
 }
 
-/// Where points go.
-pub struct Output<'a> {
-    /// Folder of the result.
-    pub dir: &'a Path,
-    /// Which part of the work is done.
-    pub shard: Shard,
-    /// Asks the run to stop; what was measured is kept.
-    pub interrupt: &'a Interrupt,
-    /// Called with the variants that are done, all of the shard, and the name of the next one.
-    pub report: Report<'a>,
-}
-
 /// Measures everything that has not been measured: `dir/points.jsonl`, or a shard's own file, to be merged into that.
 ///
 /// # Errors
 /// A model that does not load, an interrupt, what a method refuses.
 pub fn evaluate(inputs: &Inputs, output: Output) -> Result<(PathBuf, Vec<Point>)> {
     let Inputs { model, study, seed } = inputs;
-    let Output { dir, shard, interrupt, report } = output;
     let origin =
         Origin::of(&nics_core::checkpoint::Checkpoint::open_dir(model).map_err(nics_core::Error::from)?)?;
     let hash = nics_base::hash::value(&(study, seed, &origin))?;
-    let name = ShardName::new("points", &hash, shard);
-    let done = dir.join(if shard.is_whole() { POINTS_FILE.to_owned() } else { name.file_name() });
-    let partial = dir.join(name.partial_name());
-    if done.exists() && !partial.exists() {
-        let points = jsonl::read(&done)?;
-        return Ok((done, points));
-    }
-    let (mut log, mut points) = JsonlLog::<Point>::open(&partial)?;
-    let all = variants(study)?;
-    let tasks: Vec<usize> = shard.items(all.len()).collect();
-    let mut bench: Option<(usize, Bench)> = None;
-    for (i, &task) in tasks.iter().enumerate() {
-        let variant = &all[task];
-        let condition = condition(study, variant);
-        let key = (condition.name.as_str(), &*variant.quant(), variant.name);
-        if points.iter().any(|p: &Point| p.key() == key) {
-            continue;
+    let interrupt = output.interrupt;
+    output.measure(&hash, |points: &mut Points<Point>| {
+        let all = variants(study)?;
+        let mut bench: Option<(usize, Bench)> = None;
+        for task in points.tasks(all.len()) {
+            let variant = &all[task];
+            let condition = condition(study, variant);
+            let key = (condition.name.as_str(), &*variant.quant(), variant.name);
+            if points.any(|p| p.key() == key) {
+                continue;
+            }
+            points.begin(task, &format!("{}, {}: {}", key.0, key.1, key.2))?;
+            let same = bench.take().filter(|(of, _)| *of == variant.condition);
+            let (_, bench) = bench.insert(if let Some(same) = same {
+                same
+            } else {
+                let subject = Subject::load(model, study, condition, *seed)?;
+                (variant.condition, Bench { float: subject.answer()?, subject })
+            });
+            points.add(bench.measure(variant, &condition.name, interrupt)?)?;
         }
-        interrupt.check()?;
-        report(i, tasks.len(), &format!("{}, {}: {}", key.0, key.1, key.2));
-        let same = bench.take().filter(|(of, _)| *of == variant.condition);
-        let (_, bench) = bench.insert(if let Some(same) = same {
-            same
-        } else {
-            let subject = Subject::load(model, study, condition, *seed)?;
-            (variant.condition, Bench { float: subject.answer()?, subject })
-        });
-        let point = bench.measure(variant, &condition.name, interrupt)?;
-        log.append(&point)?;
-        points.push(point);
-    }
-    report(tasks.len(), tasks.len(), "");
-    log.finish(&done)?;
-    Ok((done, points))
+        Ok(())
+    })
 }
 
 /// A model under a condition, and what it says before it is quantized.

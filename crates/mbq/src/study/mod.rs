@@ -16,10 +16,12 @@ mod settings;
 mod subject;
 mod variants;
 
+pub use nics_base::study::Output;
+
 pub use claims::{Claim, Claims};
-pub use evaluate::{Inputs, Output, Report, evaluate};
+pub use evaluate::{Inputs, evaluate};
 pub use figures::{About, Comparison, Comparisons, figures};
-pub use point::{POINTS_FILE, Point};
+pub use point::Point;
 pub use settings::{CalibrationSettings, Condition, EvaluationSettings, Study};
 pub use subject::Subject;
 pub use variants::{How, Variant, variants};

@@ -2,9 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The name of the file with the points of a model.
-pub const POINTS_FILE: &str = "points.jsonl";
-
 /// One method at one width under one condition, problem by problem.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Point {

@@ -6,11 +6,9 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use nics_base::interrupt::Interrupt;
 use nics_base::progress::Progress;
-use nics_base::{jsonl, row};
+use nics_base::{row, study};
 use nics_core::cli::{DeviceArgs, ShardArg, seeded};
-use pm_kvq::study::{
-    About, Inputs, LIMITS, Output, POINTS_FILE, Study as Settings, Subject, Weights, evaluate, figures,
-};
+use pm_kvq::study::{About, Inputs, LIMITS, Study as Settings, Subject, Weights, evaluate, figures};
 
 /// Studies nano models: calibration, and the same texts through every cache.
 #[derive(Args)]
@@ -114,15 +112,12 @@ impl Study {
     }
 }
 
-fn bar(all: usize, what: &str, quiet: bool) -> Progress {
-    if quiet { Progress::hidden() } else { Progress::new(all as u64, what) }
-}
-
 impl Calibrate {
     fn run(&self, quiet: bool) -> Result<()> {
         let (study, mut subjects) = self.model.open()?;
         let interrupt = Interrupt::install()?;
-        let bar = bar(study.calibration.samples, "calibrate", quiet);
+        let samples = study.calibration.samples as u64;
+        let bar = if quiet { Progress::hidden() } else { Progress::new(samples, "calibrate") };
         for subject in &mut subjects {
             let weights = subject.weights.name();
             subject.calibrate(&study, &self.model.out, &interrupt, &mut |basis, p| {
@@ -139,36 +134,17 @@ impl Calibrate {
 impl Evaluate {
     fn run(&self, quiet: bool) -> Result<()> {
         let (study, subjects) = self.model.open()?;
-        let interrupt = Interrupt::install()?;
-        let mut shown = None;
-        let mut report = |done: usize, all: usize, what: &str| {
-            let bar = shown.get_or_insert_with(|| bar(all, "evaluate", quiet));
-            bar.set(done as u64);
-            if !what.is_empty() {
-                bar.label(what);
-            }
-        };
         let ModelArgs { seed, out, .. } = &self.model;
         let calibration: &Path = &self.calibration;
         let inputs = Inputs { subjects: &subjects, study: &study, calibration, seed: *seed };
-        let shard = self.shard.resolve()?;
-        let output = Output { dir: out, shard, interrupt: &interrupt, report: &mut report };
-        let (file, points) = evaluate(&inputs, output)?;
-        if let Some(bar) = shown {
-            bar.finish();
-        }
-        eprintln!("{}: {} points", file.display(), points.len());
-        Ok(())
+        self.shard.measure(out, quiet, |output| Ok(evaluate(&inputs, output)?))
     }
 }
 
 impl Report {
     fn run(&self) -> Result<()> {
         let study = Settings::read(&self.settings)?;
-        let mut seeds = Vec::new();
-        for (seed, folder) in &self.points {
-            seeds.push((*seed, jsonl::read(folder.join(POINTS_FILE))?));
-        }
+        let seeds = study::read(&self.points)?;
         let about = About { preset: self.preset.clone(), model: "pm-kvq-nano".into() };
         let (rows, claims) = figures(&study, &about, &seeds)?;
         row::write(&self.out, &rows)?;

@@ -1,14 +1,9 @@
-//! Every cache on the test texts of one seed.
-//!
-//! A shard takes its part of the list of [`variants`]; points are appended as they are measured, and a run that was stopped
-//! goes on behind them.
+//! Every cache on the test texts of one seed: the list of [`variants`].
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::{self, JsonlLog};
-use nics_base::shard::{Shard, ShardName};
+use nics_base::study::{Output, Points};
 use nics_core::cache::DenseCache;
 use nics_core::models::{Model, ModelDims};
 use nics_core::seam::KvCache;
@@ -17,16 +12,13 @@ use nics_datasets::word_problems::Split;
 use tch::Tensor;
 
 use super::equal::equal;
-use super::{Kind, POINTS_FILE, Point, Study, Subject, Variant, Weights, variants};
+use super::{Kind, Point, Study, Subject, Variant, Weights, variants};
 use crate::allocate::{allocate, unit};
 use crate::baselines::{Baseline, channel_orders};
 use crate::cache::{CacheConfig, PagedCache};
 use crate::calibrate::Scaled;
 use crate::nano::write;
 use crate::{Bits, Error, Result};
-
-/// Hears of caches done, all caches, and which is next.
-pub type Report<'a> = &'a mut dyn FnMut(usize, usize, &str);
 
 /// What an evaluation works with.
 pub struct Inputs<'a> {
@@ -40,57 +32,33 @@ pub struct Inputs<'a> {
     pub seed: u64,
 }
 
-/// Where points go.
-pub struct Output<'a> {
-    /// Folder of the result.
-    pub dir: &'a Path,
-    /// Which part of the work is done.
-    pub shard: Shard,
-    /// Asks the run to stop; what was measured is kept.
-    pub interrupt: &'a Interrupt,
-    /// Called with the caches that are done, all caches of the shard, and the name of the next one.
-    pub report: Report<'a>,
-}
-
 /// Measures every cache that has not been measured: `dir/points.jsonl`, or a shard's own file, to be merged into that.
 ///
 /// # Errors
 /// Calibrations that are missing, an interrupt, what a model or cache refuses.
 pub fn evaluate(inputs: &Inputs, output: Output) -> Result<(PathBuf, Vec<Point>)> {
     let Inputs { subjects, study, seed, .. } = inputs;
-    let Output { dir, shard, interrupt, report } = output;
     let hash = nics_base::hash::value(&(study, seed, &subjects[0].origin))?;
-    let name = ShardName::new("points", &hash, shard);
-    let done = dir.join(if shard.is_whole() { POINTS_FILE.to_owned() } else { name.file_name() });
-    let partial = dir.join(name.partial_name());
-    if done.exists() && !partial.exists() {
-        let points = jsonl::read(&done)?;
-        return Ok((done, points));
-    }
-    let (mut log, mut points) = JsonlLog::<Point>::open(&partial)?;
-    let first = study.evaluation.seed + seed;
-    let texts: Vec<_> = problems(Split::Test, first, study.evaluation.sequences).collect();
-    let all = variants(study);
-    let tasks: Vec<usize> = shard.items(all.len()).collect();
-    for (i, &task) in tasks.iter().enumerate() {
-        let variant = &all[task];
-        if points.iter().any(|p: &Point| p.key() == (variant.name.as_str(), variant.weights)) {
-            continue;
+    output.measure(&hash, |points: &mut Points<Point>| {
+        let first = study.evaluation.seed + seed;
+        let texts: Vec<_> = problems(Split::Test, first, study.evaluation.sequences).collect();
+        let all = variants(study);
+        for task in points.tasks(all.len()) {
+            let variant = &all[task];
+            if points.any(|p| p.key() == (variant.name.as_str(), variant.weights)) {
+                continue;
+            }
+            points.begin(task, &variant.name)?;
+            let subject = &subjects[usize::from(variant.weights == Weights::Outliers)];
+            let bench = Bench { subject, study, calibration: inputs.calibration, texts: &texts };
+            if let Some(point) = bench.measure(variant)? {
+                points.add(point)?;
+            } else {
+                tracing::info!("{}: no budget does it", variant.name);
+            }
         }
-        interrupt.check()?;
-        report(i, tasks.len(), &variant.name);
-        let subject = &subjects[usize::from(variant.weights == Weights::Outliers)];
-        let bench = Bench { subject, study, calibration: inputs.calibration, texts: &texts };
-        if let Some(point) = bench.measure(variant)? {
-            log.append(&point)?;
-            points.push(point);
-        } else {
-            tracing::info!("{}: no budget does it", variant.name);
-        }
-    }
-    report(tasks.len(), tasks.len(), "");
-    log.finish(&done)?;
-    Ok((done, points))
+        Ok(())
+    })
 }
 
 /// A model and its texts.

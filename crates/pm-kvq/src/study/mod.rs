@@ -17,10 +17,12 @@ mod point;
 mod settings;
 mod variants;
 
-pub use evaluate::{Inputs, Output, Report, evaluate};
+pub use nics_base::study::Output;
+
+pub use evaluate::{Inputs, evaluate};
 pub use figures::{About, Claim, Claims, Difference, figures};
 pub use model::{Basis, SCALES_AT, Subject, Weights};
-pub use point::{POINTS_FILE, Point};
+pub use point::Point;
 pub use settings::Study;
 pub use variants::{Kind, Table, Variant, variants};
 

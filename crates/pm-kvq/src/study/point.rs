@@ -4,9 +4,6 @@ use serde::{Deserialize, Serialize};
 
 use super::Weights;
 
-/// The name of the file with the points of a seed.
-pub const POINTS_FILE: &str = "points.jsonl";
-
 /// One cache, text by text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Point {

@@ -4,15 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use nics_base::interrupt::Interrupt;
-use nics_base::progress::Progress;
-use nics_base::{jsonl, row};
+use nics_base::{row, study};
 use nics_core::cli::{DeviceArgs, ShardArg, seeded};
 use nics_core::tch::Device;
 use r2r::labels::pipeline::LabelSet;
 use r2r::study::{
-    About, Estimate, Inputs, Kind, LIMITS, Measures, Models, Output, POINTS_FILE, Study as Settings,
-    evaluate, figures, write_queries,
+    About, Estimate, Inputs, Kind, LIMITS, Measures, Models, Study as Settings, evaluate, figures,
+    write_queries,
 };
 
 /// Studies nano pairs: labels, routers, every policy and baseline on problems that no model was trained on.
@@ -145,43 +143,22 @@ impl Evaluate {
             }
         }
         let (study, models) = self.pair.open()?;
-        let interrupt = Interrupt::install()?;
         let measures = Measures::of(&LabelSet::open(std::slice::from_ref(&self.labels))?, &models)?;
         let mut routers = Vec::new();
         for (kind, folder) in &self.routers {
             let (router, card) = kind.load(folder, &models)?;
             routers.push((*kind, router, card));
         }
-        let mut bar = None;
-        let mut report = |done: usize, all: usize, what: &str| {
-            let bar = bar.get_or_insert_with(|| {
-                if quiet { Progress::hidden() } else { Progress::new(all as u64, "evaluate") }
-            });
-            bar.set(done as u64);
-            if !what.is_empty() {
-                bar.label(what);
-            }
-        };
         let PairArgs { seed, out, .. } = &self.pair;
         let inputs = Inputs { models: &models, study: &study, measures: &measures, routers, seed: *seed };
-        let shard = self.shard.resolve()?;
-        let output = Output { dir: out, shard, interrupt: &interrupt, report: &mut report };
-        let (file, points) = evaluate(inputs, output)?;
-        if let Some(bar) = bar {
-            bar.finish();
-        }
-        eprintln!("{}: {} points", file.display(), points.len());
-        Ok(())
+        self.shard.measure(out, quiet, |output| Ok(evaluate(inputs, output)?))
     }
 }
 
 impl Report {
     fn run(&self) -> Result<()> {
         let study = Settings::read(&self.settings)?;
-        let mut seeds = Vec::new();
-        for (seed, folder) in &self.points {
-            seeds.push((*seed, jsonl::read(folder.join(POINTS_FILE))?));
-        }
+        let seeds = study::read(&self.points)?;
         let models = Models::load(&self.pair, Device::Cpu)?;
         let (router, _) = Kind::R2r.load(&self.router, &models)?;
         let router = router.parameters()?.iter().map(|(_, p)| p.numel()).sum::<usize>();

@@ -1,14 +1,11 @@
 //! Every policy and baseline on the test problems of one seed.
 //!
-//! The work is a list of tasks: sweeps of policies ([`super::sweeps`]) and everything else ([`super::rivals`]). A shard takes
-//! its part of the list; points are appended as they are measured, and a run that was stopped goes on behind them.
+//! The work is a list of tasks: sweeps of policies ([`super::sweeps`]) and everything else ([`super::rivals`]).
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use nics_base::interrupt::Interrupt;
-use nics_base::jsonl::{self, JsonlLog};
-use nics_base::shard::{Shard, ShardName};
+use nics_base::study::{Output, Points};
 use nics_datasets::ring::RingProblem;
 use nics_datasets::word_problems::Split;
 
@@ -16,14 +13,11 @@ use super::point::marks;
 use super::queries::{Part, problems};
 use super::rivals::Rival;
 use super::settings::Study;
-use super::{Kind, Measures, Models, POINTS_FILE, Point};
+use super::{Kind, Measures, Models, Point};
 use crate::checkpoint::Card;
 use crate::nano::RingTask;
 use crate::router::Router;
 use crate::{Error, Result};
-
-/// Hears of tasks done, all tasks, and which is next.
-pub type Report<'a> = &'a mut dyn FnMut(usize, usize, &str);
 
 /// What an evaluation works with.
 pub struct Inputs<'a> {
@@ -37,18 +31,6 @@ pub struct Inputs<'a> {
     pub routers: Vec<(Kind, Router, Card)>,
     /// Seed of problems and draws.
     pub seed: u64,
-}
-
-/// Where points go.
-pub struct Output<'a> {
-    /// Folder of the result.
-    pub dir: &'a Path,
-    /// Which part of the work is done.
-    pub shard: Shard,
-    /// Asks the run to stop; what was measured is kept.
-    pub interrupt: &'a Interrupt,
-    /// Called with the tasks that are done, all tasks of the shard, and the name of the next one.
-    pub report: Report<'a>,
 }
 
 /// A run over the test problems.
@@ -66,54 +48,31 @@ pub(super) struct Bench<'a> {
 /// A test problem that was trained on, an interrupt, what a model refuses.
 pub fn evaluate(inputs: Inputs, output: Output) -> Result<(PathBuf, Vec<Point>)> {
     let Inputs { models, study, measures, routers, seed } = inputs;
-    let Output { dir, shard, interrupt, report } = output;
     let routed: Vec<&str> = routers.iter().map(|(_, _, card)| card.weights_hash.as_str()).collect();
     let hash = nics_base::hash::value(&(study, seed, &models.weights, routed))?;
-    let name = ShardName::new("points", &hash, shard);
-    let done = dir.join(if shard.is_whole() { POINTS_FILE.to_owned() } else { name.file_name() });
-    let partial = dir.join(name.partial_name());
-    if done.exists() && !partial.exists() {
-        let points = jsonl::read(&done)?;
-        return Ok((done, points));
-    }
-    let (log, points) = JsonlLog::<Point>::open(&partial)?;
-    let bench = Bench::new(models, study, seed)?;
-    let sweeps = bench.sweeps(measures, routers)?;
-    let rivals = Rival::all(study);
-    let mut store = Store { log, points };
-    let tasks: Vec<usize> = shard.items(sweeps.len() + rivals.len()).collect();
-    for (i, &task) in tasks.iter().enumerate() {
-        interrupt.check()?;
-        if let Some(sweep) = sweeps.get(task) {
-            report(i, tasks.len(), &sweep.variant);
-            bench.sweep(sweep, &mut store)?;
-        } else if let Some(rival) = rivals.get(task - sweeps.len()) {
-            report(i, tasks.len(), &rival.name());
-            bench.rival(rival, &mut store)?;
+    output.measure(&hash, |store: &mut Store| {
+        let bench = Bench::new(models, study, seed)?;
+        let sweeps = bench.sweeps(measures, routers)?;
+        let rivals = Rival::all(study);
+        for task in store.tasks(sweeps.len() + rivals.len()) {
+            if let Some(sweep) = sweeps.get(task) {
+                store.begin(task, &sweep.variant)?;
+                bench.sweep(sweep, store)?;
+            } else if let Some(rival) = rivals.get(task - sweeps.len()) {
+                store.begin(task, &rival.name())?;
+                bench.rival(rival, store)?;
+            }
         }
-    }
-    report(tasks.len(), tasks.len(), "");
-    let Store { log, points } = store;
-    log.finish(&done)?;
-    Ok((done, points))
+        Ok(())
+    })
 }
 
 /// The points of a run.
-pub(super) struct Store {
-    log: JsonlLog<Point>,
-    points: Vec<Point>,
-}
+pub(super) type Store<'a> = Points<'a, Point>;
 
-impl Store {
-    pub fn has(&self, variant: &str, rate: Option<f64>) -> bool {
-        self.points.iter().any(|p| p.key() == (variant.to_owned(), rate.map(f64::to_bits)))
-    }
-
-    pub fn add(&mut self, point: Point) -> Result<()> {
-        self.log.append(&point)?;
-        self.points.push(point);
-        Ok(())
-    }
+/// Whether this has been measured.
+pub(super) fn has(store: &Store, variant: &str, rate: Option<f64>) -> bool {
+    store.any(|p| p.key() == (variant.to_owned(), rate.map(f64::to_bits)))
 }
 
 /// The large model by itself, as results name it.

@@ -21,10 +21,12 @@ mod routers;
 mod settings;
 mod sweeps;
 
-pub use evaluate::{Inputs, Output, Report, evaluate};
+pub use nics_base::study::Output;
+
+pub use evaluate::{Inputs, evaluate};
 pub use figures::{About, Claims, Estimate, figures};
 pub use models::Models;
-pub use point::{POINTS_FILE, Point};
+pub use point::Point;
 pub use queries::{Part, SYNONYMS_FILE, write_queries};
 pub use routers::{Kind, Measures};
 pub use settings::Study;

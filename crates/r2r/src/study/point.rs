@@ -2,9 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The name of the file with the points of a seed.
-pub const POINTS_FILE: &str = "points.jsonl";
-
 /// One way of writing at one setting, problem by problem.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Point {

@@ -9,7 +9,7 @@ use nics_datasets::word_problems::Split;
 use tch::Tensor;
 
 use super::Point;
-use super::evaluate::{Bench, MIDDLE, ORACLE, Store};
+use super::evaluate::{Bench, MIDDLE, ORACLE, Store, has};
 use super::oracle::path;
 use super::settings::Study;
 use crate::Result;
@@ -53,13 +53,13 @@ impl Bench<'_> {
     /// Measures what is missing of one.
     pub fn rival(&self, rival: &Rival, store: &mut Store) -> Result<()> {
         let name = rival.name();
-        if store.has(&name, None) {
+        if has(store, &name, None) {
             return Ok(());
         }
         match rival {
-            Rival::Middle => store.add(self.middle()?),
-            Rival::Speculative(draft) => store.add(self.speculative(*draft, name)?),
-            Rival::Oracle => store.add(self.oracle()?),
+            Rival::Middle => Ok(store.add(self.middle()?)?),
+            Rival::Speculative(draft) => Ok(store.add(self.speculative(*draft, name)?)?),
+            Rival::Oracle => Ok(store.add(self.oracle()?)?),
             Rival::Queries => self.query_routers(store),
         }
     }
@@ -171,7 +171,7 @@ impl Bench<'_> {
         for router in routers {
             let (on_validation, scores) = (router.scores(&validation)?, router.scores(&test)?);
             for &rate in &self.study.evaluation.coarse_rates {
-                if store.has(router.name(), Some(rate)) {
+                if has(store, router.name(), Some(rate)) {
                     continue;
                 }
                 let threshold = threshold_for_share(&on_validation, rate)?;

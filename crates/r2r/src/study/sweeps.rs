@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use nics_core::sampling::Sampling;
 
-use super::evaluate::{Bench, LARGE, SMALL, Store, sampled};
+use super::evaluate::{Bench, LARGE, SMALL, Store, has, sampled};
 use super::routers::threshold_at;
 use super::{Kind, Measures, Point};
 use crate::Result;
@@ -113,7 +113,7 @@ impl Bench<'_> {
     /// Writes a sweep's missing points, all of them together.
     pub fn sweep(&self, sweep: &Sweep, store: &mut Store) -> Result<()> {
         let missing: Vec<&Setting> =
-            sweep.settings.iter().filter(|s| !store.has(&sweep.variant, s.rate)).collect();
+            sweep.settings.iter().filter(|s| !has(store, &sweep.variant, s.rate)).collect();
         if missing.is_empty() {
             return Ok(());
         }
