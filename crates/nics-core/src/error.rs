@@ -1,6 +1,7 @@
 //! The one error type that the core's operations return.
 
 use crate::checkpoint::CheckpointError;
+use crate::checkpoint::torch_file::Refusal;
 use crate::template::TemplateError;
 use crate::tokenizer::TokenizerError;
 use crate::vision::VisionError;
@@ -15,6 +16,14 @@ pub enum Error {
     /// A checkpoint is missing, incomplete, damaged or of another architecture.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A file of `torch.save` that is damaged, or asks for more than values and tensors.
+    #[error("{}: refused: {refusal}", path.display())]
+    Refused {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        refusal: Refusal,
+    },
     /// A tokenizer is missing, damaged or asked for what it cannot do.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),

@@ -22,6 +22,7 @@ mod origin;
 mod path;
 mod save;
 mod source;
+pub mod torch_file;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -3,13 +3,9 @@
 //! Our own format is `router.safetensors`, with the tensor names of official checkpoints, and `router.json`
 //! ([`Card`]), which holds everything else with the hash of the tensors.
 
-mod archive;
 mod export;
 mod native;
 mod official;
-mod pickle;
-mod refusal;
-mod tree;
 
 pub use export::export;
 pub(crate) use native::tensor_bytes;
@@ -17,5 +13,5 @@ pub use native::{
     CARD_FILE, Card, CommonArgs, CurvePoint, LabelStatistics, WEIGHTS_FILE, load, read_card, save, save_card,
     tokenizer_hash,
 };
+pub use nics_core::checkpoint::torch_file::Refusal;
 pub use official::Official;
-pub use refusal::Refusal;

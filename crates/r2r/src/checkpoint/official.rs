@@ -2,16 +2,13 @@
 //! `{model_type, init_args, common_args, model_specific_args, state_dict}`.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::Path;
 
 use nics_core::checkpoint::TensorPath;
+use nics_core::checkpoint::torch_file::{TensorRef, TorchFile, Tree};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::archive::Archive;
-use super::pickle;
-use super::tree::{StorageKind, TensorRef, Tree};
 use super::{Card, CommonArgs, Refusal};
 use crate::router::{Architecture, Router, RouterConfig, Storage};
 use crate::{Error, Result};
@@ -36,23 +33,19 @@ impl Official {
     /// [`Error::Refused`] with the reason for anything that a router's checkpoint does not have, [`Error::Setting`] for
     /// arguments that make no router.
     pub fn open(path: &Path) -> Result<Self> {
-        let io = |source| Error::Core(nics_core::Error::Io { path: path.to_owned(), source });
-        if !path.metadata().map_err(io)?.is_file() {
-            let refusal = Refusal::Archive("it is not a file".into());
-            return Err(Error::Refused { path: path.to_owned(), refusal });
-        }
-        let file = File::open(path).map_err(io)?;
         let refused = |refusal| Error::Refused { path: path.to_owned(), refusal };
-        let mut archive = Archive::open(file).map_err(refused)?;
-        let pickle = archive.read("data.pkl").map_err(refused)?;
-        let raw = Raw::parse(pickle::read(&pickle).map_err(refused)?).map_err(refused)?;
+        let mut file = TorchFile::open(path).map_err(|e| match e {
+            nics_core::Error::Refused { refusal, .. } => refused(refusal),
+            other => Error::Core(other),
+        })?;
+        let raw = Raw::parse(file.value().clone()).map_err(refused)?;
         let architecture = Architecture::from_name(&raw.model_type)?;
         let config = RouterConfig::from_json(architecture, &raw.init_args)?;
-        check_storages(&archive, &raw.tensors).map_err(refused)?;
+        let read = file.tensors(&raw.tensors).map_err(refused)?;
         let mut tensors = HashMap::new();
-        for (name, tensor) in raw.tensors {
-            let value = read_tensor(&mut archive, &name, &tensor).map_err(refused)?;
-            tensors.insert(name, value);
+        for ((name, _), tensor) in raw.tensors.into_iter().zip(read) {
+            let tensor = if tensor.kind() == Kind::Int64 { tensor } else { tensor.f_to_kind(Kind::Float)? };
+            tensors.insert(name, tensor);
         }
         Ok(Self { config, common: raw.common, specific: raw.specific, tensors })
     }
@@ -171,55 +164,4 @@ fn state_dict(value: Tree) -> Result<Vec<(String, TensorRef)>, Refusal> {
         other => Err(field(&format!("state_dict.{name}"), &other, "a tensor")),
     };
     items.into_iter().map(entry).collect()
-}
-
-/// Every storage has the size that tensors say it has, tensors share no byte, and no storage lies there unused.
-fn check_storages(archive: &Archive, tensors: &[(String, TensorRef)]) -> Result<(), Refusal> {
-    let mut used: HashMap<&str, Vec<(u64, u64, &str)>> = HashMap::new();
-    for (name, tensor) in tensors {
-        let wrong = |reason: String| Refusal::Tensor { name: name.clone(), reason };
-        let entry = format!("data/{}", tensor.key);
-        let found = archive.size(&entry).ok_or_else(|| Refusal::MissingEntry(entry.clone()))?;
-        let expected = tensor.numel.checked_mul(tensor.kind.size());
-        if expected != Some(found) {
-            let numel = tensor.numel;
-            return Err(wrong(format!(
-                "{entry} has {found} bytes, {numel} values of {:?} were promised",
-                tensor.kind
-            )));
-        }
-        used.entry(&tensor.key).or_default().push((tensor.offset, tensor.offset + tensor.len(), name));
-    }
-    for ranges in used.values_mut() {
-        ranges.retain(|(from, to, _)| from < to);
-        ranges.sort_unstable();
-        for pair in ranges.windows(2) {
-            if pair[1].0 < pair[0].1 {
-                let reason = format!("it shares values with {}", pair[0].2);
-                return Err(Refusal::Tensor { name: pair[1].2.to_owned(), reason });
-            }
-        }
-    }
-    match archive.storages().find(|entry| !used.contains_key(&entry["data/".len()..])) {
-        Some(entry) => Err(Refusal::EntryName(entry.to_owned())),
-        None => Ok(()),
-    }
-}
-
-fn read_tensor(archive: &mut Archive, name: &str, tensor: &TensorRef) -> Result<Tensor, Refusal> {
-    let bytes = archive.read(&format!("data/{}", tensor.key))?;
-    let size = tensor.kind.size();
-    let bytes = &bytes[(tensor.offset * size) as usize..((tensor.offset + tensor.len()) * size) as usize];
-    let kind = match tensor.kind {
-        StorageKind::Float => Kind::Float,
-        StorageKind::BFloat16 => Kind::BFloat16,
-        StorageKind::Half => Kind::Half,
-        StorageKind::Long => Kind::Int64,
-    };
-    let made = Tensor::f_from_data_size(bytes, &tensor.shape, kind)
-        .and_then(|t| if kind == Kind::Int64 { Ok(t) } else { t.f_to_kind(Kind::Float) });
-    made.map_err(|e| Refusal::Tensor {
-        name: name.to_owned(),
-        reason: e.to_string().lines().next().unwrap_or_default().to_owned(),
-    })
 }

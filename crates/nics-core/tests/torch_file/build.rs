@@ -3,7 +3,7 @@
 /// A pickle being written.
 pub struct Pickle(Vec<u8>);
 
-/// A tensor of a state dict.
+/// A tensor of a dictionary.
 pub type Named<'a> = (&'a str, fn(Pickle) -> Pickle);
 
 impl Pickle {
@@ -75,19 +75,15 @@ impl Pickle {
         hooks(p).tuple().call()
     }
 
-    /// A whole checkpoint of a tiny router over two logits.
-    pub fn router_of(model_type: &str, threshold: f64, tensors: &[Named]) -> Self {
-        let p = Self::new().raw(b"}(").text("model_type").text(model_type);
-        let p =
-            p.text("init_args").raw(b"}(").text("logits_size").int(2).text("hidden_dims").raw(b"](").int(2);
-        let p = p.raw(b"eu").text("common_args").raw(b"}(").text("threshold").float(threshold);
-        let p = p.text("input_type").raw(b"](").text("logits").raw(b"eu");
-        let p = p.text("state_dict").global("collections", "OrderedDict").raw(b")").call().mark();
-        tensors.iter().fold(p, |p, (name, tensor)| tensor(p.text(name))).raw(b"uu")
+    /// An ordered dictionary of tensors, open at its end.
+    pub fn state(self, tensors: &[Named]) -> Self {
+        let p = self.global("collections", "OrderedDict").raw(b")").call().mark();
+        tensors.iter().fold(p, |p, (name, tensor)| tensor(p.text(name))).raw(b"u")
     }
 
-    pub fn router(tensors: &[Named]) -> Self {
-        Self::router_of("LogitsClassifier", 0.5, tensors)
+    /// A file of tensors by their names.
+    pub fn tensors(tensors: &[Named]) -> Self {
+        Self::new().state(tensors)
     }
 }
 
@@ -108,7 +104,7 @@ pub struct Entry {
 impl Entry {
     pub fn stored(name: &str, bytes: &[u8]) -> Self {
         let size = bytes.len() as u32;
-        let (full, bytes) = (format!("router/{name}"), bytes.to_vec());
+        let (full, bytes) = (format!("saved/{name}"), bytes.to_vec());
         Self { full, bytes, method: 0, flags: 0, claimed: size, stored: size, at: None }
     }
 }
@@ -119,13 +115,6 @@ pub fn checkpoint(pickle: &[u8], others: &[Entry]) -> Vec<u8> {
     let mut entries = vec![Entry::stored("data.pkl", pickle)];
     entries.extend(others.iter().map(copy));
     zip(&entries)
-}
-
-/// An archive that is in order, with one tensor `[1.5, 1.5]`.
-pub fn sound() -> Vec<u8> {
-    let pickle = Pickle::router(&[("logits_projection.bias", |p| p.tensor("0", 2, 0, &[2], &[1]))]).end();
-    let values: Vec<u8> = [1.5f32; 2].iter().flat_map(|v| v.to_le_bytes()).collect();
-    checkpoint(&pickle, &[Entry::stored("data/0", &values), Entry::stored("byteorder", b"little")])
 }
 
 pub fn zip(entries: &[Entry]) -> Vec<u8> {

@@ -1,13 +1,13 @@
-//! Why an official checkpoint is not read.
+//! Why a file is not read.
 
-/// What is wrong with an official checkpoint. A pickle is a program: whatever is not on a short list is refused.
+/// What is wrong with a file. A pickle is a program: whatever is not on a short list is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
     /// Not a zip archive at all, or a damaged one.
     #[error("not a sound zip archive as torch.save writes it: {0}")]
     Archive(String),
-    /// Larger than any router.
+    /// Larger than what is read.
     #[error("{what} is {found} bytes, more than the {limit} that are read")]
     TooLarge {
         /// What is too large.
@@ -36,7 +36,7 @@ pub enum Refusal {
     #[error("the file is in byte order {0:?}, expected little")]
     ByteOrder(String),
     /// The pickle names something that is not allowed, be it harmless or `os.system`.
-    #[error("its pickle asks for {0}, which is not on the list of what a router needs; nothing was run")]
+    #[error("its pickle asks for {0}, which is not on the list of what a checkpoint needs; nothing was run")]
     Global(String),
     /// The pickle calls something with arguments that it does not take.
     #[error("its pickle calls {0}")]
@@ -60,7 +60,7 @@ pub enum Refusal {
     /// Values within values without end, or far too many.
     #[error("its values {0}")]
     Structure(String),
-    /// A field of the checkpoint is missing or of another type.
+    /// A field is missing or of another type.
     #[error("its field {field} is {found}, expected {expected}")]
     Field {
         /// The path, e.g. `common_args.threshold`.
@@ -71,9 +71,9 @@ pub enum Refusal {
         expected: String,
     },
     /// A field that is not known.
-    #[error("it has the field {0}, which no router has")]
+    #[error("it has the field {0}, which is not known here")]
     UnknownField(String),
-    /// A tensor that does not fit its storage or is kept in a form that routers do not have.
+    /// A tensor that does not fit its storage or is of no use as it is.
     #[error("tensor {name}: {reason}")]
     Tensor {
         /// Its name.

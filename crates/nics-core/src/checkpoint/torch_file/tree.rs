@@ -67,7 +67,7 @@ pub struct TensorRef {
 
 impl TensorRef {
     /// Elements of the tensor.
-    pub fn len(&self) -> u64 {
+    pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
 }

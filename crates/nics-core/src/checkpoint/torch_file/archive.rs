@@ -10,11 +10,11 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::Refusal;
 
-/// A router with its embedding table (`*_all.pt`) takes 1 to 2 GiB.
+/// The largest file that is read.
 const MAX_FILE: u64 = 8 << 30;
-/// A router has some hundred tensors.
+/// The most entries: some for each tensor, and a few others.
 const MAX_ENTRIES: u64 = 4096;
-/// The pickle of a router takes some kilobytes. Bounds what its values can take in memory.
+/// The longest pickle; some hundred bytes for each tensor. Bounds what its values can take in memory.
 const MAX_PICKLE: u64 = 1 << 20;
 /// The largest of the small entries (version, byte order).
 const MAX_SMALL: u64 = 256;
@@ -38,7 +38,7 @@ impl Archive {
         let declared = declared_entries(&mut file, length)?;
         if declared > MAX_ENTRIES {
             return Err(Refusal::Archive(format!(
-                "it declares {declared} entries, a router has at most {MAX_ENTRIES}"
+                "it declares {declared} entries, expected at most {MAX_ENTRIES}"
             )));
         }
         let mut zip = ZipArchive::new(file).map_err(|e| broken(&e))?;
