@@ -3,7 +3,7 @@
 use nics_core::models::{Decoder, Model};
 use serde::Serialize;
 
-use crate::fold::fold;
+use crate::fold::{fits, fold};
 use crate::layer::{LayerWeights, Role, Weights};
 use crate::operators::{Names, check_groups, operators};
 use crate::quantize::{QTensor, QuantSpec};
@@ -36,10 +36,10 @@ pub fn fold_scales(decoder: &mut Decoder, names: &Names, scales: &[Vec<OpScale>]
             decoder.layers.len()
         )));
     }
-    // First all of them, then the exchange: on an error the model is as it was.
-    let mut folded = Vec::with_capacity(scales.len());
+    // All of it is looked at before anything changes: on an error the model is as it was. Then one layer at a time, so that there
+    // is no second model in float32.
     for (l, (layer, found)) in decoder.layers.iter_mut().zip(scales).enumerate() {
-        let mut weights = LayerWeights::of(layer)?;
+        let weights = LayerWeights::of(layer)?;
         let ops = operators(&weights)?;
         if ops.len() != found.len() {
             return Err(Error::Input(format!(
@@ -56,11 +56,14 @@ pub fn fold_scales(decoder: &mut Decoder, names: &Names, scales: &[Vec<OpScale>]
                     names.linears(l, op).join(", ")
                 )));
             }
+            fits(&weights, op, &scale.scales)?;
+        }
+    }
+    for (layer, found) in decoder.layers.iter_mut().zip(scales) {
+        let mut weights = LayerWeights::of(layer)?;
+        for (op, scale) in operators(&weights)?.iter().zip(found) {
             fold(&mut weights, op, &scale.scales)?;
         }
-        folded.push(weights);
-    }
-    for (layer, weights) in decoder.layers.iter_mut().zip(folded) {
         weights.parts(kind)?.swap(layer)?;
     }
     Ok(())
