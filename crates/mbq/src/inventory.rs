@@ -4,13 +4,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use nics_core::seam::Projection;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::apply::Summary;
 use crate::language::Language;
 use crate::operators::Names;
+use crate::packed::Opened;
 
 /// Linear layers of one kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct Count {
 /// A model's linear layers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inventory {
-    /// Those inside the decoder's layers, by what they are: `dense`, `w3g128`, …
+    /// Those inside the decoder's layers, by what they are: `dense`, `w3g128`, `w4a8`, …
     pub decoder: BTreeMap<String, Count>,
     /// Those of tower and projector, and the head.
     pub elsewhere: BTreeMap<String, Count>,
@@ -33,23 +33,29 @@ pub struct Inventory {
 const DENSE: &str = "dense";
 
 impl Inventory {
-    /// Of a model as it was loaded, and what was made of its decoder since.
-    pub fn of(model: &mut Language, names: &Names, rounded: Option<&Summary>) -> Result<Self> {
+    /// Of a model as it was loaded, from `stored` where its checkpoint is quantized, and what was made of its decoder since.
+    pub fn of(
+        model: &mut Language,
+        names: &Names,
+        stored: Option<&Opened>,
+        rounded: Option<&Summary>,
+    ) -> Result<Self> {
         let inside = model.quantized(names);
+        // A layer cannot always tell itself: rounded weights are dense, and so are stored ones for which there is no kernel.
+        let stored = stored.map(Opened::layers).unwrap_or_default();
         let mut all = Self::default();
         model.model_mut().visit_projections(&mut |path, projection| {
             let here = inside.iter().any(|name| name == path);
-            // Rounded weights are dense for the one who looks at the layer alone.
-            let kind = match (rounded.filter(|_| here), packed(&**projection)) {
-                (Some(summary), _) => summary.spec.clone(),
-                (None, Some(kind)) => kind,
-                (None, None) => DENSE.to_owned(),
+            let (kind, weights) = match (rounded.filter(|_| here), stored.get(path)) {
+                (Some(summary), _) => (summary.spec.clone(), None),
+                (None, Some(made)) => (made.kind.clone(), Some(made.weights)),
+                (None, None) => (DENSE.to_owned(), None),
             };
             let of = if here { &mut all.decoder } else { &mut all.elsewhere };
             let count = of.entry(kind).or_default();
             count.layers += 1;
-            count.weights += match projection.as_packed() {
-                Some(packed) => (packed.weight().out() * packed.weight().input()) as u64,
+            count.weights += match weights {
+                Some(weights) => weights,
                 None => projection.dense()?.numel() as u64,
             };
             Ok(())
@@ -61,14 +67,6 @@ impl Inventory {
     pub fn is_quantized(&self) -> bool {
         self.decoder.keys().chain(self.elsewhere.keys()).any(|kind| kind != DENSE)
     }
-}
-
-/// What a packed layer is, e.g. `w3g128`; a group that is a whole row is `w4row`.
-fn packed(projection: &dyn Projection) -> Option<String> {
-    let weight = projection.as_packed()?.weight();
-    let group =
-        if weight.group() == weight.input() { "row".to_owned() } else { format!("g{}", weight.group()) };
-    Some(format!("w{}{group}", weight.bits()))
 }
 
 impl fmt::Display for Inventory {

@@ -4,7 +4,7 @@
 //! [`open`] makes of a quantized [`Checkpoint`] one that every loader of `nics-core` reads, [`nics_core::models::load`] and
 //! [`nics_core::models::load_vlm`] among them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,9 +13,9 @@ use nics_core::checkpoint::{Checkpoint, TensorPath};
 use nics_core::nn::{Linear, PackedLinear};
 use nics_core::seam::{Projection, ProjectionSource};
 use nics_kernels::packed::{Packed, Rounding};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use crate::quantize::{QTensor, fake_quant_rows};
+use crate::quantize::{QTensor, QuantSpec, fake_quant_rows};
 use crate::stored::Stored;
 use crate::{Error, Result};
 
@@ -59,16 +59,54 @@ impl FromStr for Act {
 /// # Errors
 /// A checkpoint that is not quantized, or in a way that is not read here.
 pub fn open(checkpoint: Checkpoint, act: Option<Act>) -> Result<Checkpoint> {
-    let Some(stored) = Stored::of(&checkpoint)? else {
-        return Err(Error::Artefact {
-            path: checkpoint.dir().join("config.json"),
-            reason: "it has no `quantization_config`, its weights are not quantized; `mbq quantize` quantizes them".into(),
-        });
-    };
-    if let Some(ignored) = &stored.ignored {
-        tracing::warn!("{}: {ignored}", checkpoint.name());
+    Ok(Opened::open(checkpoint, act)?.checkpoint)
+}
+
+/// What was made of a quantized layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// What it computes, whether it is held packed or, for want of a kernel, dense: `w3g128`, `w4a8`, or `w3g128 A8` where inputs
+    /// are rounded to 8 bits by group.
+    pub kind: String,
+    /// Its weights.
+    pub weights: u64,
+}
+
+/// A quantized checkpoint, and what its loaders make of it.
+pub struct Opened {
+    /// To be loaded.
+    pub checkpoint: Checkpoint,
+    source: Arc<PackedSource>,
+}
+
+impl Opened {
+    /// As the function [`open`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(checkpoint: Checkpoint, act: Option<Act>) -> Result<Self> {
+        let Some(stored) = Stored::of(&checkpoint)? else {
+            return Err(Error::Artefact {
+                path: checkpoint.dir().join("config.json"),
+                reason: "it has no `quantization_config`, its weights are not quantized; `mbq quantize` quantizes them".into(),
+            });
+        };
+        if let Some(ignored) = &stored.ignored {
+            tracing::warn!("{}: {ignored}", checkpoint.name());
+        }
+        let source = Arc::new(PackedSource { stored, act, said: Mutex::default(), made: Mutex::default() });
+        Ok(Self { checkpoint: checkpoint.with_projections(Arc::clone(&source) as _), source })
     }
-    Ok(checkpoint.with_projections(Arc::new(PackedSource { stored, act, said: Mutex::default() })))
+
+    /// The checkpoint's `quantization_config`.
+    pub fn config(&self) -> &serde_json::Value {
+        &self.source.stored.config
+    }
+
+    /// The quantized layers that were loaded so far, by path.
+    pub fn layers(&self) -> BTreeMap<String, Made> {
+        self.source.made.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// Makes a checkpoint's quantized layers.
@@ -77,6 +115,8 @@ struct PackedSource {
     act: Option<Act>,
     /// What was said already: once for all layers.
     said: Mutex<BTreeSet<String>>,
+    /// What [`Opened::layers`] tells.
+    made: Mutex<BTreeMap<String, Made>>,
 }
 
 /// What a layer does with its inputs.
@@ -96,9 +136,11 @@ impl PackedSource {
         }
     }
 
-    fn inputs(&self) -> Inputs {
+    fn inputs(&self, device: Device) -> Inputs {
         match (self.act, self.stored.act_bits) {
             (Some(Act::Dense), _) => Inputs::Exact,
+            // Kernels of other devices take inputs as they are.
+            (None | Some(Act::Bits8), Some(8)) if device != Device::Cpu => Inputs::Simulated(8),
             (None | Some(Act::Bits8), Some(8)) => Inputs::Rounded(Rounding::A8Row),
             (Some(Act::Bits8), _) => Inputs::Rounded(Rounding::A8),
             (Some(Act::Bits16), _) | (None, None) => Inputs::Rounded(Rounding::A16),
@@ -110,6 +152,21 @@ impl PackedSource {
                 Inputs::Simulated(bits)
             }
         }
+    }
+
+    /// Takes down what is made of a layer of `weights` weights.
+    fn note(&self, at: &TensorPath, weights: usize, inputs: &Inputs, packed: bool) {
+        let act_bits = match inputs {
+            Inputs::Rounded(Rounding::A8Row) => Some(8),
+            Inputs::Simulated(bits) => Some(*bits),
+            Inputs::Rounded(_) | Inputs::Exact => None,
+        };
+        let spec = QuantSpec { act_bits, ..QuantSpec::weights(self.stored.bits, self.stored.group) };
+        let by_group =
+            matches!(inputs, Inputs::Rounded(Rounding::A8)) && packed && at.device() == Device::Cpu;
+        let kind = if by_group { format!("{spec} A8") } else { spec.to_string() };
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.insert(at.path().to_owned(), Made { kind, weights: weights as u64 });
     }
 
     /// The layer of these integers; dense where there is no kernel for its groups.
@@ -124,9 +181,10 @@ impl PackedSource {
                 "weights of {bits} bits have no kernel (2, 3, 4 and 8 have): they take 8 bits in memory"
             ));
         }
-        let inputs = self.inputs();
+        let inputs = self.inputs(at.device());
         if let Err(e) = Packed::check(bits, input as usize, group as usize) {
             self.say(format!("no kernel for {e}: such layers are held dense"));
+            self.note(at, q.q.numel(), &inputs, false);
             let weight = q.dequantize()?.f_to_kind(at.kind())?.f_to_device(at.device())?;
             return Ok(match inputs {
                 Inputs::Simulated(bits) => Box::new(Simulated { inner: Linear::new(weight, bias), bits }),
@@ -136,6 +194,7 @@ impl PackedSource {
                 _ => Box::new(Linear::new(weight, bias)),
             });
         }
+        self.note(at, q.q.numel(), &inputs, true);
         let rounding = match inputs {
             Inputs::Rounded(rounding) => rounding,
             Inputs::Exact | Inputs::Simulated(_) => Rounding::A16,

@@ -28,7 +28,7 @@ use nics_core::vision::Processor;
 use nics_datasets::{Visual, VisualQuestion, VisualSet};
 use serde_json::{Value, json};
 
-use super::opened::Opened;
+use super::opened::{ActArg, Opened, Runnable};
 
 /// Tiles of an image that the harness shows to InternVL2.
 const TILES: u32 = 6;
@@ -40,11 +40,14 @@ const TILES: u32 = 6;
 /// with their scores), rows.jsonl and eval.json. With --shard it holds the shard's replies alone; when all shards are there,
 /// the same command without --shard makes the figures.
 ///
-/// A packed model is measured as it is. --scales and --rtn quantize a float model in memory first.
+/// A quantized checkpoint (ours, AutoAWQ's, GPTQ's, compressed-tensors') is measured as it is stored. --scales and --rtn quantize a
+/// float model in memory first.
 #[derive(Args)]
 pub struct Eval {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    act: ActArg,
     #[command(flatten)]
     quantized: QuantizedArgs,
     /// Tasks, separated by commas: mmmu, seedbench, seedbench-image, ocrbench, vizwiz, scienceqa, scienceqa-img, textvqa
@@ -142,6 +145,21 @@ impl QuantizedArgs {
         Ok(Some(round(decoder, names, &spec)?.summary))
     }
 
+    /// # Errors
+    /// Flags for a checkpoint that is quantized already.
+    fn check(&self, model: &Runnable) -> Result<()> {
+        let Some(flag) = self.scales.as_ref().map(|_| "--scales").or(self.rtn.map(|_| "--rtn")) else {
+            return Ok(());
+        };
+        if model.stored.is_some() {
+            bail!(
+                "{flag} is about float models, and {} is quantized already: leave it out, and it is measured as it is",
+                model.checkpoint.name()
+            );
+        }
+        Ok(())
+    }
+
     /// What of it decides a reply.
     fn identity(&self) -> Result<Value> {
         let file = |dir: &PathBuf| nics_base::hash::file(dir.join(mbq::artefact::REPORT));
@@ -191,7 +209,9 @@ impl Eval {
             let source = source(task, self.data.as_deref(), self.tasks.len() == 1)?;
             sets.push((task, task.load(&source, task.part())?));
         }
-        let mut opened = Opened::open(&self.model)?;
+        let runnable = Runnable::open(&self.model.model, self.act)?;
+        self.quantized.check(&runnable)?;
+        let mut opened = Opened::load(runnable, &self.model)?;
         let mut prompter = Prompter::open(&opened.checkpoint)?;
         if prompter.processor.is_none()
             && let Some((task, _)) =
@@ -207,7 +227,8 @@ impl Eval {
             prompter.processor = prompter.processor.map(|p| p.with_most_tiles(most));
         }
         let summary = self.quantized.quantize(&mut opened)?;
-        let layers = Inventory::of(&mut opened.model, &opened.names, summary.as_ref())?;
+        let layers =
+            Inventory::of(&mut opened.model, &opened.names, opened.stored.as_ref(), summary.as_ref())?;
         // Before hours of replies, and again beside the figures.
         eprintln!("{layers}");
         if !layers.is_quantized() {
@@ -218,8 +239,13 @@ impl Eval {
         let rules = Rules::from(self.scoring);
         let dims = opened.model.decoder().dims();
         let (device, dtype) = (device_name(dims.device), dtype_name(dims.kind));
-        let identity = json!({"model": opened.origin, "device": device, "dtype": dtype,
+        let mut identity = json!({"model": opened.origin, "device": device, "dtype": dtype,
             "quantized": self.quantized.identity()?});
+        if let Some(stored) = &opened.stored {
+            // The same tensors mean something else under another configuration.
+            identity["stored"] =
+                json!({"config": stored.config(), "act": self.act.act.map(|a| a.to_string())});
+        }
         let eos = prompter.tokenizer.special_ids().eos.clone();
         let mut found: Vec<TaskFigures> = Vec::with_capacity(sets.len());
         for (task, set) in &mut sets {

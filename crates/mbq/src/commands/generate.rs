@@ -5,10 +5,8 @@ use std::io::Write;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use mbq::language::Language;
-use mbq::packed::{Act, open};
 use mbq::prompt::Prompter;
 use nics_base::interrupt::Interrupt;
-use nics_core::checkpoint::Checkpoint;
 use nics_core::cli::{Given, JsonArg, ModelArgs, PluginSpec, PromptArgs, PromptLine, SamplingArgs, SeedArg};
 use nics_core::generate::{Finish, Generator, Prompt, Request};
 use nics_core::models::{self, Model};
@@ -22,6 +20,8 @@ use nics_core::vision::{Media, Processor, RgbImage, TokenKind, picture};
 use serde::Serialize;
 use serde_json::json;
 
+use super::opened::{ActArg, Runnable};
+
 /// Answers a prompt about images, or about nothing but text, with a packed, an exported or a dense model.
 ///
 /// A quantized checkpoint (ours, AutoAWQ's, GPTQ's, compressed-tensors') runs as it is stored: no dense copy of its layers is
@@ -30,9 +30,8 @@ use serde_json::json;
 pub struct Generate {
     #[command(flatten)]
     model: ModelArgs,
-    /// How inputs of packed layers are rounded: 8 or 16 bits, or dense (not at all, slow); default: as the checkpoint says, else 16
-    #[arg(long, value_name = "BITS")]
-    act: Option<Act>,
+    #[command(flatten)]
+    act: ActArg,
     /// Method that keeps keys and values: NAME or NAME:SPEC
     #[arg(long, value_name = "NAME[:SPEC]")]
     kv: Option<PluginSpec>,
@@ -90,15 +89,7 @@ impl Generate {
         // What is cheap to find wrong comes before the model.
         let images = self.image.iter().map(|i| image(i)).collect::<Result<Vec<_>>>()?;
         self.model.set_threads()?;
-        let mut checkpoint = Checkpoint::open(&self.model.model)?;
-        if checkpoint.is_quantized() {
-            checkpoint = open(checkpoint, self.act)?;
-        } else if let Some(act) = self.act {
-            bail!(
-                "--act {act} is about packed layers, and {} has none; `mbq pack` makes them",
-                checkpoint.name()
-            );
-        }
+        let checkpoint = Runnable::open(&self.model.model, self.act)?.checkpoint;
         let tokenizer = Tokenizer::from_checkpoint(&checkpoint)?;
         let prompter = if self.raw { None } else { Some(Prompter::open(&checkpoint)?) };
         let generation = checkpoint.generation_config()?.unwrap_or_default();

@@ -59,7 +59,7 @@ impl Pack {
         let spec = scales.config.search.spec;
         fold_scales(opened.model.decoder_mut(), &opened.names, &scales.layers)?;
         let rounded = round(opened.model.decoder_mut(), &opened.names, &spec)?;
-        let Opened { checkpoint, model, names, origin } = &mut opened;
+        let Opened { checkpoint, model, names, origin, .. } = &mut opened;
         let made = Made { method: "mbq".into(), source: origin.clone() };
         export(model, names, &rounded, &spec, &made, checkpoint, Layout::Packed, &self.out)?;
         let s = &rounded.summary;

@@ -129,7 +129,7 @@ impl Quantize {
             kernels(self.layout, opened.model.decoder().dims(), &spec);
             (spec, self.by_method(&mut opened, &interrupt, quiet)?)
         };
-        let Opened { checkpoint, model, names, origin } = &mut opened;
+        let Opened { checkpoint, model, names, origin, .. } = &mut opened;
         let method = match &self.scales {
             Some(_) => Name::Mbq,
             None => self.method,

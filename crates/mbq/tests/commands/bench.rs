@@ -67,3 +67,19 @@ fn every_way_is_measured_and_packed_ones_are_smaller() {
     refused(&["--weights", "w4g96"], 1, "do not divide the 256 inputs of model.layers.0.self_attn.q_proj");
     run(args!["bench", "--shape", "qwen9"]).refused(1, "qwen2-7b");
 }
+
+#[test]
+fn the_shape_of_a_quantized_checkpoint_is_that_of_its_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 96,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "max_position_embeddings": 512,
+        "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    });
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let flags = ["--weights", "bf16,w4row", "--context", "3", "--tokens", "1", "--rounds", "1", "--json"];
+    let said = run(args!["bench", "--shape", dir.path()].into_iter().chain(flags.map(Into::into))).ok();
+    assert_eq!(said.lines().count(), 2, "{said}");
+}

@@ -2,6 +2,7 @@
 
 mod bench;
 mod eval;
+mod eval_quantized;
 mod extras;
 mod generate;
 mod kills;

@@ -135,7 +135,11 @@ fn from_file(source: &str, path: &Path) -> Result<Map<String, Value>> {
         let known = known.join(", ");
         Error::Input(format!("{source}: {e}; expected a config.json, its folder, or one of {known}"))
     })?;
-    serde_json::from_str(&text).map_err(|e| Error::Config(e.to_string()).in_file(path))
+    let mut json: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|e| Error::Config(e.to_string()).in_file(path))?;
+    // Sizes alone are asked for, however the weights of the one who has them are kept.
+    json.shift_remove("quantization_config");
+    Ok(json)
 }
 
 #[cfg(test)]
