@@ -1,7 +1,8 @@
 //! The files of a calibration: `scales.safetensors`, with a tensor `<previous>|<linear>,<linear>…` for each operator, and
 //! `scales.json`, which a person can read: the model, the data and the settings that they are from, and how each was found.
 //!
-//! Scales say something about the weights that they were searched on alone, so that another model is an error.
+//! Scales say something about the weights that they were searched on alone, so that another model is an error. Of
+//! [imported](crate::official) ones, `scales.json` names the file in place of settings and data, which that does not tell.
 
 use std::path::Path;
 
@@ -12,7 +13,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::calibrate::CalibConfig;
+use crate::official;
 use crate::operators::Names;
+use crate::quantize::QuantSpec;
 use crate::search::OpScale;
 use crate::sensitivity::{Ratios, Sensitivity};
 use crate::{Error, Result};
@@ -32,7 +35,7 @@ const MAX_JSON: u64 = 256 << 20;
 pub struct Scales {
     /// How the checkpoint names its layers.
     pub names: Names,
-    /// The settings.
+    /// The settings; of imported scales the specification alone is known.
     pub config: CalibConfig,
     /// By layer and operator.
     pub layers: Vec<Vec<OpScale>>,
@@ -40,8 +43,19 @@ pub struct Scales {
     pub sensitivity: Option<Sensitivity>,
     /// What errors on each modality weighed, besides answers; none when every position counted alike.
     pub ratios: Vec<Ratios>,
-    /// A hash of the data.
+    /// A hash of the data; empty for imported scales.
     pub data_hash: String,
+    /// The file that they are from, when they were not searched here.
+    pub imported: Option<Imported>,
+}
+
+/// A file that scales were imported from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Imported {
+    /// Its name.
+    pub file: String,
+    /// Its hash.
+    pub hash: String,
 }
 
 /// An operator in `scales.json`.
@@ -49,8 +63,8 @@ pub struct Scales {
 struct OpNote {
     previous: String,
     linears: Vec<String>,
-    exponent: f64,
-    margin: f64,
+    exponent: Option<f64>,
+    margin: Option<f64>,
     losses: Vec<f64>,
 }
 
@@ -66,12 +80,20 @@ struct Report {
     format_version: u32,
     #[serde(flatten)]
     origin: Origin,
-    data_hash: String,
-    config_hash: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    data_hash: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    config_hash: Option<String>,
     /// Of `scales.safetensors`, so that the two files are known to belong together.
     scales_hash: String,
     names: Names,
-    config: CalibConfig,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    config: Option<CalibConfig>,
+    /// Of imported scales, in place of `config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quant: Option<QuantSpec>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    imported: Option<Imported>,
     sensitivity: Option<Sensitivity>,
     ratios: Vec<Ratios>,
     layers: Vec<Vec<OpNote>>,
@@ -104,14 +126,17 @@ impl Scales {
         });
         let path = dir.join(SCALES);
         save_file(&path, tensors, &[])?;
+        let searched = self.imported.is_none();
         let report = Report {
             format_version: FORMAT,
             origin: origin.clone(),
-            data_hash: self.data_hash.clone(),
-            config_hash: nics_base::hash::value(&self.config)?,
+            data_hash: searched.then(|| self.data_hash.clone()),
+            config_hash: searched.then(|| nics_base::hash::value(&self.config)).transpose()?,
             scales_hash: nics_base::hash::file(&path)?,
             names: self.names.clone(),
-            config: self.config,
+            config: searched.then_some(self.config),
+            quant: (!searched).then_some(self.config.search.spec),
+            imported: self.imported.clone(),
             sensitivity: self.sensitivity.clone(),
             ratios: self.ratios.clone(),
             layers: notes,
@@ -126,6 +151,10 @@ impl Scales {
     /// # Errors
     /// [`Error::ScaleModelMismatch`] for scales of another model; files that are damaged or do not belong together.
     pub fn read(dir: &Path, origin: &Origin) -> Result<Self> {
+        if dir.is_file() {
+            let reason = "it is a file, expected the folder that `mbq calibrate` writes; `mbq import` makes one of a .pt file";
+            return Err(wrong(dir, reason));
+        }
         let (path, tensors) = (dir.join(REPORT), dir.join(SCALES));
         let io = |source| nics_base::Error::Io { action: "read", path: path.clone(), source };
         let len = std::fs::metadata(&path).map_err(io)?.len();
@@ -141,6 +170,11 @@ impl Scales {
         same(&path, "model's architecture", &report.origin.arch_hash, &origin.arch_hash)?;
         same(&path, "model's weights", &report.origin.weights_hash, &origin.weights_hash)?;
         same(&path, "scales.safetensors", &report.scales_hash, &nics_base::hash::file(&tensors)?)?;
+        let config = match (report.config, report.quant, &report.imported) {
+            (Some(config), None, None) => config,
+            (None, Some(spec), Some(_)) => official::config(spec),
+            _ => return Err(wrong(&path, "it has to have either `config`, or `quant` and `imported`")),
+        };
         let file = TensorPath::from_file(&tensors)?;
         let mut layers = Vec::with_capacity(report.layers.len());
         for notes in report.layers {
@@ -154,35 +188,44 @@ impl Scales {
                 if !usable {
                     return Err(wrong(&tensors, format!("{} are no positive float32 numbers", note.key())));
                 }
+                if report.imported.is_none() && (note.exponent.is_none() || note.margin.is_none()) {
+                    return Err(wrong(&path, format!("{} has no exponent or no margin", note.key())));
+                }
                 ops.push(OpScale {
                     previous: note.previous,
                     linears: note.linears,
-                    exponent: note.exponent,
+                    exponent: note.exponent.unwrap_or(f64::NAN),
                     scales,
                     statistic: Tensor::new(),
                     losses: note.losses,
-                    margin: note.margin,
+                    margin: note.margin.unwrap_or(f64::NAN),
                 });
             }
             layers.push(ops);
         }
         Ok(Self {
             names: report.names,
-            config: report.config,
+            config,
             layers,
             sensitivity: report.sensitivity,
             ratios: report.ratios,
-            data_hash: report.data_hash,
+            data_hash: report.data_hash.unwrap_or_default(),
+            imported: report.imported,
         })
     }
+}
+
+/// JSON has no other way to say that there is none.
+fn number(x: f64) -> Option<f64> {
+    x.is_finite().then_some(x)
 }
 
 fn note(op: &OpScale) -> OpNote {
     OpNote {
         previous: op.previous.clone(),
         linears: op.linears.clone(),
-        exponent: op.exponent,
-        margin: op.margin,
+        exponent: number(op.exponent),
+        margin: number(op.margin),
         losses: op.losses.clone(),
     }
 }

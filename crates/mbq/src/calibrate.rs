@@ -146,7 +146,8 @@ pub fn calibrate(
     });
     let weighings = weighings.collect::<Result<Vec<_>>>()?;
     let layers = run.search(&mut sums, &weighings)?;
-    let scales = Scales { names: names.clone(), config: *config, layers, sensitivity, ratios, data_hash };
+    let names = names.clone();
+    let scales = Scales { names, config: *config, layers, sensitivity, ratios, data_hash, imported: None };
     if let Some(out) = run.running.out {
         scales.write(out, origin)?;
     }

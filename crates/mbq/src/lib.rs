@@ -12,6 +12,7 @@
 //! | what each modality weighs | [`sensitivity`] |
 //! | the loss, the candidates, the search of a layer | [`loss`], [`candidates`], [`search`] |
 //! | all layers, resumable, and the files | [`calibrate`], [`artefact`] |
+//! | scales that the official code saved | [`official`] |
 //! | folding and rounding | [`fold`], [`quantize`], [`apply`] |
 //! | rivals, and MBQ, behind one trait | [`methods`] with [`clip`], [`gptq`], [`smooth`] |
 //! | files that engines load, from one layout to another | [`layout`], [`export`], [`convert`] |
@@ -42,6 +43,7 @@ pub mod loss;
 pub mod memory;
 pub mod methods;
 pub mod nano;
+pub mod official;
 pub mod operators;
 pub mod packed;
 pub mod plugin;

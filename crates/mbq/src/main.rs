@@ -25,6 +25,8 @@ enum Command {
     Sensitivity(commands::sensitivity::Measure),
     /// Search scales for a model on captions or texts; resumable
     Calibrate(commands::calibrate::Calibrate),
+    /// Make scales of a file that the official code saved
+    Import(commands::import::Import),
     /// Quantize a model by a method, or with scales that were searched, and write it as a checkpoint
     Quantize(commands::quantize::Quantize),
     /// Measure a model on benchmarks of questions about images; resumable, in shards
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::PrepareData(command) => command.run(cli.log.quiet),
         Command::Sensitivity(command) => command.run(cli.log.quiet),
         Command::Calibrate(command) => command.run(cli.log.quiet),
+        Command::Import(command) => command.run(),
         Command::Quantize(command) => command.run(cli.log.quiet),
         Command::Eval(command) => command.run(cli.log.quiet),
         Command::Generate(command) => command.run(cli.log.quiet),

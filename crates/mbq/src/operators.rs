@@ -141,6 +141,11 @@ impl Names {
         }
     }
 
+    /// What stands before the number of a layer.
+    pub fn layers(&self) -> &str {
+        &self.layers
+    }
+
     /// The name of a linear layer.
     pub fn linear(&self, layer: usize, role: Role) -> String {
         let [gate, up, down] = &self.gate_up_down;

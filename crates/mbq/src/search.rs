@@ -80,7 +80,7 @@ pub struct OpScale {
     pub previous: String,
     /// The linear layers that are multiplied.
     pub linears: Vec<String>,
-    /// The exponent.
+    /// The exponent; not a number for scales that were not searched here.
     pub exponent: f64,
     /// Float32 `[in]`.
     pub scales: Tensor,
@@ -88,7 +88,7 @@ pub struct OpScale {
     pub statistic: Tensor,
     /// Loss of each candidate: of each exponent, and with [`Over::Union`] of each once more.
     pub losses: Vec<f64>,
-    /// By how much, relative to the least loss, the next one is above it.
+    /// By how much, relative to the least loss, the next one is above it; not a number for scales that were not searched here.
     pub margin: f64,
 }
 

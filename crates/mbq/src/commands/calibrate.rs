@@ -122,7 +122,7 @@ pub struct LimitArgs {
     /// Samples that run together at most
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub chunk: Option<usize>,
-    /// Memory beside the model's weights and the embedded samples, e.g. 8GiB
+    /// Memory of the calibration beside the model's weights and the embedded samples, e.g. 8GiB
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<Size>,
 }

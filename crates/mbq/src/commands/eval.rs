@@ -88,7 +88,7 @@ pub struct Eval {
 /// How a float model is quantized before it is measured.
 #[derive(Args)]
 struct QuantizedArgs {
-    /// Scales of `mbq calibrate`: fold them and round the decoder as they were searched for
+    /// Scales of `mbq calibrate` or `mbq import`: fold them and round the decoder as they were searched for
     #[arg(long, value_name = "FOLDER", conflicts_with = "rtn")]
     scales: Option<PathBuf>,
     /// Round the decoder to nearest, e.g. w3g128 or w4a8

@@ -1,6 +1,6 @@
 //! `mbq inspect`.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -18,17 +18,18 @@ use tch::{Device, Kind};
 /// for our own layout whether they are those that were written.
 #[derive(Args)]
 pub struct Inspect {
-    /// Folder of `mbq calibrate`, or a quantized checkpoint
-    #[arg(value_name = "FOLDER")]
-    folder: PathBuf,
+    /// Folder of `mbq calibrate`, or a quantized checkpoint: its folder or hub id
+    #[arg(value_name = "FOLDER|ID")]
+    folder: String,
     #[command(flatten)]
     json: JsonArg,
 }
 
 impl Inspect {
     pub fn run(self) -> Result<()> {
-        let path = self.folder.join(REPORT);
-        if !path.exists() && self.folder.join("config.json").exists() {
+        let folder = Path::new(&self.folder);
+        let path = folder.join(REPORT);
+        if !path.exists() && (!folder.exists() || folder.join("config.json").exists()) {
             return self.checkpoint();
         }
         let text =
@@ -38,6 +39,13 @@ impl Inspect {
         if self.json.json {
             for row in &rows {
                 println!("{row}");
+            }
+            return Ok(());
+        }
+        if let Some(file) = report["imported"]["file"].as_str() {
+            println!("model {}, imported from {file}, which says nothing of a search", report["model"]);
+            for row in rows {
+                println!("layer {:>3}  {}", row["layer"], linears(&row));
             }
             return Ok(());
         }
@@ -58,25 +66,18 @@ impl Inspect {
                 row["loss"].as_f64().unwrap_or(f64::NAN),
                 row["rounding"].as_f64().unwrap_or(f64::NAN),
                 row["margin"].as_f64().unwrap_or(f64::NAN),
-                row["linears"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Value::as_str)
-                    .collect::<Vec<_>>()
-                    .join(", ")
+                linears(&row)
             );
         }
         Ok(())
     }
 }
 
-/// One object for each operator.
 impl Inspect {
     fn checkpoint(&self) -> Result<()> {
-        let checkpoint = Checkpoint::open_dir(&self.folder)?;
+        let checkpoint = Checkpoint::open(&self.folder)?;
         let stored = Stored::of(&checkpoint)?;
-        let stored = stored.with_context(|| format!("{} is not quantized", self.folder.display()))?;
+        let stored = stored.with_context(|| format!("{} is not quantized", self.folder))?;
         let root = checkpoint.root(Device::Cpu, Kind::Float);
         let bytes = |counts: &dyn Fn(&str) -> bool| -> u64 {
             let of = |name| {
@@ -118,6 +119,7 @@ impl Inspect {
     }
 }
 
+/// One object for each operator.
 fn rows(report: &Value) -> Vec<Value> {
     let mut all = Vec::new();
     for (l, ops) in report["layers"].as_array().into_iter().flatten().enumerate() {
@@ -131,6 +133,12 @@ fn rows(report: &Value) -> Vec<Value> {
         }
     }
     all
+}
+
+/// The names of an operator's layers.
+fn linears(row: &Value) -> String {
+    let names = row["linears"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// Numbers with three places.

@@ -5,6 +5,7 @@ pub mod calibrate;
 pub mod data;
 pub mod eval;
 pub mod generate;
+pub mod import;
 pub mod inspect;
 pub mod opened;
 pub mod pack;

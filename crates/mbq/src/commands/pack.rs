@@ -24,7 +24,7 @@ pub struct Pack {
     /// Checkpoint: a folder, or a hub id ORG/NAME or ORG/NAME@REVISION
     #[arg(value_name = "FOLDER|ID")]
     model: String,
-    /// Scales of `mbq calibrate`, for a model that is not quantized yet
+    /// Scales of `mbq calibrate` or `mbq import`, for a model that is not quantized yet
     #[arg(long, value_name = "FOLDER")]
     scales: Option<PathBuf>,
     #[command(flatten)]

@@ -30,7 +30,7 @@ use super::opened::Opened;
 pub struct Quantize {
     #[command(flatten)]
     model: ModelArgs,
-    /// Scales of `mbq calibrate`, in place of a method
+    /// Scales of `mbq calibrate` or `mbq import`, in place of a method
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["method", "data", "texts"])]
     scales: Option<PathBuf>,
     /// How to quantize

@@ -5,6 +5,7 @@ mod eval;
 mod eval_quantized;
 mod extras;
 mod generate;
+mod import;
 mod kills;
 mod kit;
 mod packed;
