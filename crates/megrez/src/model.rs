@@ -19,7 +19,7 @@ use crate::prompt::{Prompter, TURN_END};
 /// with the checkpoint.
 pub fn load_decoder(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decoder> {
     let config = decoder_config(checkpoint)?;
-    let root = checkpoint.root(device, kind);
+    let root = checkpoint.loading(device, kind);
     let omni = checkpoint.architecture()? == "MegrezO";
     models::load_at(config, &if omni { root.at("llm") } else { root })
 }

@@ -18,6 +18,7 @@ mod files;
 mod hash;
 mod header;
 mod index;
+mod loading;
 mod origin;
 mod path;
 mod save;
@@ -41,6 +42,7 @@ pub(crate) use files::{read_bounded, read_object};
 
 use files::WeightFiles;
 use index::Index;
+use loading::Loading;
 
 use crate::seam::ProjectionSource;
 
@@ -241,6 +243,12 @@ impl Checkpoint {
             None => root,
             Some(source) => root.with_projections(source.clone()),
         }
+    }
+
+    /// As [`root`](Self::root), for the loading of a whole model: binaries show on the terminal how far it is.
+    pub fn loading(&self, device: tch::Device, kind: tch::Kind) -> TensorPath {
+        let bytes = self.weights.entries().map(|e| (e.end - e.begin) as u64).sum();
+        self.root(device, kind).watched(Loading::new(&self.name, bytes))
     }
 
     /// Turns a failure inside `config` into an error that names the field.

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::CheckpointError;
 use super::files::WeightFiles;
+use super::loading::Loading;
 use super::source::{Origin, Source};
 use crate::seam::ProjectionSource;
 
@@ -30,6 +31,7 @@ pub struct TensorPath {
     transform: Option<Arc<Transform>>,
     renames: &'static [(&'static str, &'static str)],
     projections: Option<Arc<dyn ProjectionSource>>,
+    loading: Option<Arc<Loading>>,
 }
 
 impl TensorPath {
@@ -72,6 +74,7 @@ impl TensorPath {
             transform: None,
             renames: &[],
             projections: None,
+            loading: None,
         }
     }
 
@@ -111,6 +114,11 @@ impl TensorPath {
         Self { projections: Some(source), ..self.clone() }
     }
 
+    /// The same place, which tells of every tensor that is read.
+    pub(super) fn watched(self, loading: Loading) -> Self {
+        Self { loading: Some(Arc::new(loading)), ..self }
+    }
+
     /// What makes linear layers in place of their dense weights.
     pub fn projections(&self) -> Option<&dyn ProjectionSource> {
         self.projections.as_deref()
@@ -135,6 +143,7 @@ impl TensorPath {
         let Some(mut tensor) = self.source.read(&key, shape, kind, self.device)? else {
             return Err(self.missing(key));
         };
+        self.tell(&key);
         if let Some(transform) = &self.transform {
             tensor = transform(&key, tensor)?;
             if tensor.size() != shape {
@@ -153,7 +162,18 @@ impl TensorPath {
     pub fn stored(&self, name: &str) -> Result<Tensor, CheckpointError> {
         let key = self.stored_name(name);
         self.source.mark(&key);
-        self.source.read_stored(&key, self.device)?.ok_or_else(|| self.missing(key))
+        let tensor = self.source.read_stored(&key, self.device)?;
+        self.tell(&key);
+        tensor.ok_or_else(|| self.missing(key))
+    }
+
+    /// Tells that a tensor has been read.
+    fn tell(&self, key: &str) {
+        if let (Some(loading), Origin::Files(files, _)) = (&self.loading, &self.source.origin)
+            && let Some(entry) = files.entry(key)
+        {
+            loading.read((entry.end - entry.begin) as u64);
+        }
     }
 
     /// Whether there is a tensor `name` under this place; the random initialiser has every tensor.

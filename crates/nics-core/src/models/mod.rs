@@ -250,7 +250,7 @@ pub fn kind_of(checkpoint: &Checkpoint, counts: impl Fn(&str) -> bool) -> Kind {
 pub fn load(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Decoder> {
     let config =
         config(checkpoint.config_json()).map_err(|e| e.in_file(&checkpoint.dir().join("config.json")))?;
-    load_at(config, &checkpoint.root(device, kind))
+    load_at(config, &checkpoint.loading(device, kind))
 }
 
 /// Loads a decoder of which the configuration is known from under `root` (e.g. `llm` of an omni checkpoint), and warns

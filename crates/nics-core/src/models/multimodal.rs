@@ -244,7 +244,7 @@ impl Model for Vlm {
 /// `Error::UnsupportedArchitecture` for another family, `Error::Config` for a field that is missing or senseless,
 /// `Error::Checkpoint` for tensors that are missing or of another shape.
 pub fn load_vlm(checkpoint: &Checkpoint, device: Device, kind: Kind) -> Result<Vlm> {
-    load_vlm_at(checkpoint.config_json(), &checkpoint.root(device, kind)).map_err(|e| match e {
+    load_vlm_at(checkpoint.config_json(), &checkpoint.loading(device, kind)).map_err(|e| match e {
         Error::Config(_)
         | Error::Vision(VisionError::Field { .. })
         | Error::UnsupportedArchitecture { .. } => e.in_file(&checkpoint.dir().join("config.json")),
