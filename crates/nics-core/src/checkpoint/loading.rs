@@ -52,8 +52,7 @@ mod bar {
             }
             let bar = self.shown.get_or_init(|| {
                 let heard = tracing::enabled!(tracing::Level::WARN);
-                let bar =
-                    if heard { Progress::bytes(self.total, &self.label) } else { Progress::hidden() };
+                let bar = if heard { Progress::bytes(self.total, &self.label) } else { Progress::hidden() };
                 bar.start_at(done);
                 bar
             });

@@ -16,7 +16,7 @@ use tch::{Device, Tensor};
 pub(super) use config::refuse_quantized;
 pub use config::{DecoderConfig, Family, Names, RawConfig};
 
-use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor};
+use super::{Batch, Input, Model, ModelDims, Output, ProjectionVisitor, visit_linears};
 use crate::checkpoint::TensorPath;
 use crate::device::OneThread;
 use crate::nn::memory::{values, values_mut};
@@ -361,11 +361,7 @@ impl Model for Decoder {
                 f(&format!("{at}.{}.q_norm.weight", names.self_attn), &mut q.weight)?;
                 f(&format!("{at}.{}.k_norm.weight", names.self_attn), &mut k.weight)?;
             }
-            for (name, projection) in layer.projections(names) {
-                for (parameter, tensor) in projection.parameters() {
-                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
-                }
-            }
+            visit_linears(&at, layer.projections(names), f)?;
         }
         f("model.norm.weight", &mut self.norm.weight)?;
         if !self.config.tied {

@@ -5,12 +5,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::ProjectionVisitor;
-use super::vit::{MAX_LAYERS, MAX_SIZE, linear, sdpa};
+use super::vit::{check_sizes, embed_patches, linear, sdpa};
+use super::{ProjectionVisitor, visit_below, visit_linears};
 use crate::checkpoint::TensorPath;
 use crate::nn::{Activation, Norm, RmsNorm, projection};
 use crate::seam::Projection;
-use crate::vision::{VisionError, senseless};
+use crate::vision::senseless;
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -65,29 +65,8 @@ impl VisionConfig {
     pub fn parse(json: &Map<String, Value>, select: i64) -> Result<Self> {
         let v: RawVision = serde_path_to_error::deserialize(Value::Object(json.clone()))
             .map_err(|e| Error::Config(format!("`vision_config.{}`: {}", e.path(), e.inner())))?;
-        let sizes = [
-            ("vision_config.hidden_size", v.hidden_size),
-            ("vision_config.intermediate_size", v.intermediate_size),
-            ("vision_config.num_attention_heads", v.num_attention_heads),
-            ("vision_config.image_size", v.image_size),
-            ("vision_config.patch_size", v.patch_size),
-        ];
-        if let Some((field, found)) = sizes.into_iter().find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
-            return Err(senseless(field, format!("is {found}, expected a positive number")));
-        }
-        if !(1..=MAX_LAYERS).contains(&v.num_hidden_layers) {
-            let reason = format!("is {}, expected 1 to {MAX_LAYERS}", v.num_hidden_layers);
-            return Err(senseless("vision_config.num_hidden_layers", reason));
-        }
-        if v.hidden_size % v.num_attention_heads != 0 {
-            let reason =
-                format!("is {}, not a divisor of hidden_size {}", v.num_attention_heads, v.hidden_size);
-            return Err(senseless("vision_config.num_attention_heads", reason));
-        }
-        if v.patch_size > v.image_size {
-            let reason = format!("is {}, more than image_size {}", v.patch_size, v.image_size);
-            return Err(senseless("vision_config.patch_size", reason));
-        }
+        let sizes = [v.hidden_size, v.intermediate_size, v.num_attention_heads, v.image_size, v.patch_size];
+        check_sizes(sizes, v.num_hidden_layers)?;
         let layers = v.num_hidden_layers as i64;
         let used = if select < 0 { layers + 1 + select } else { select };
         if !(0..=layers).contains(&used) {
@@ -253,20 +232,12 @@ impl InternVisionModel {
     /// `[pictures, side * side, hidden]`.
     ///
     /// # Errors
-    /// [`VisionError::Shape`] for pixels of another shape.
+    /// `VisionError::Shape` for pixels of another shape.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let c = &self.config;
-        let shape = pixels.size();
-        if shape.len() != 4 || shape[1..] != [3, c.image_size, c.image_size] {
-            let expected = format!("[pictures, 3, {0}, {0}]", c.image_size);
-            return Err(VisionError::Shape { what: "the tower's input", found: shape, expected }.into());
-        }
-        let pixels =
-            pixels.f_to_device(self.patch_embedding.device())?.f_to_kind(self.patch_embedding.kind())?;
-        let stride = [c.patch_size; 2];
-        let x = pixels.f_conv2d(&self.patch_embedding, Some(&self.patch_bias), stride, [0, 0], [1, 1], 1)?;
-        let x = x.f_flatten(2, 3)?.f_transpose(1, 2)?; // [b, hidden, h, w] -> [b, h * w, hidden]
-        let class = self.class_embedding.f_expand([shape[0], 1, c.hidden], false)?;
+        let edges = [c.image_size, c.patch_size];
+        let x = embed_patches(pixels, edges, &self.patch_embedding, Some(&self.patch_bias))?;
+        let class = self.class_embedding.f_expand([x.size3()?.0, 1, c.hidden], false)?;
         let mut x = Tensor::f_cat(&[&class, &x], 1)?.f_add(&self.position_embedding)?;
         for layer in &self.layers {
             x = layer.forward(&x, c)?;
@@ -298,9 +269,7 @@ impl InternVisionModel {
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let at = format!("{prefix}encoder.layers.{l}");
             for (norm, name) in [(&mut layer.norm1, "norm1"), (&mut layer.norm2, "norm2")] {
-                for (parameter, tensor) in norm.parameters() {
-                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
-                }
+                visit_below(&format!("{at}.{name}"), norm.parameters(), f)?;
             }
             f(&format!("{at}.ls1"), &mut layer.ls1)?;
             f(&format!("{at}.ls2"), &mut layer.ls2)?;
@@ -308,11 +277,7 @@ impl InternVisionModel {
                 f(&format!("{at}.attn.q_norm.weight"), &mut q.weight)?;
                 f(&format!("{at}.attn.k_norm.weight"), &mut k.weight)?;
             }
-            for (name, projection) in layer.projections() {
-                for (parameter, tensor) in projection.parameters() {
-                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
-                }
-            }
+            visit_linears(&at, layer.projections(), f)?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::intern_vit::{InternVisionModel, VisionConfig};
 use super::multimodal::{Positions, Vision, Vlm};
 use super::vit::linear;
-use super::{Decoder, DecoderConfig, ProjectionVisitor};
+use super::{Decoder, DecoderConfig, ProjectionVisitor, visit_below, visit_linears};
 use crate::checkpoint::TensorPath;
 use crate::nn::{Activation, LayerNorm};
 use crate::seam::Projection;
@@ -161,15 +161,8 @@ impl Vision for InternVlVision {
 
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
         self.vision_model.visit_parameters("vision_model.", f)?;
-        for (parameter, tensor) in self.mlp1_norm.parameters() {
-            f(&format!("mlp1.0.{parameter}"), tensor)?;
-        }
-        for (name, projection) in [("mlp1.1", &mut self.mlp1_first), ("mlp1.3", &mut self.mlp1_second)] {
-            for (parameter, tensor) in projection.parameters() {
-                f(&format!("{name}.{parameter}"), tensor)?;
-            }
-        }
-        Ok(())
+        visit_below("mlp1.0", self.mlp1_norm.parameters(), f)?;
+        visit_linears("mlp1", [("1", &mut self.mlp1_first), ("3", &mut self.mlp1_second)], f)
     }
 }
 

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::multimodal::{Positions, Vision, Vlm, text_config};
 use super::vit::{Tower, TowerConfig};
-use super::{Decoder, DecoderConfig, ProjectionVisitor, clip, siglip};
+use super::{Decoder, DecoderConfig, ProjectionVisitor, clip, siglip, visit_linears};
 use crate::checkpoint::TensorPath;
 use crate::nn::{Activation, projection};
 use crate::seam::Projection;
@@ -199,14 +199,8 @@ impl Vision for LlavaVision {
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
         self.tower.visit_parameters("vision_tower.vision_model.", f)?;
         let projector = &mut self.projector;
-        for (name, projection) in
-            [("linear_1", &mut projector.linear_1), ("linear_2", &mut projector.linear_2)]
-        {
-            for (parameter, tensor) in projection.parameters() {
-                f(&format!("multi_modal_projector.{name}.{parameter}"), tensor)?;
-            }
-        }
-        Ok(())
+        let linears = [("linear_1", &mut projector.linear_1), ("linear_2", &mut projector.linear_2)];
+        visit_linears("multi_modal_projector", linears, f)
     }
 }
 

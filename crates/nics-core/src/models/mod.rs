@@ -137,6 +137,25 @@ pub trait Model: Send {
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()>;
 }
 
+/// Hands parameters to `f`, with their keys below `at`.
+fn visit_below<'t>(
+    at: &str,
+    parameters: impl IntoIterator<Item = (&'static str, &'t mut Tensor)>,
+    f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>,
+) -> Result<()> {
+    parameters.into_iter().try_for_each(|(parameter, tensor)| f(&format!("{at}.{parameter}"), tensor))
+}
+
+/// Hands the parameters of linear layers to `f`, with their keys below `at`.
+fn visit_linears<'p, N: std::fmt::Display>(
+    at: &str,
+    linears: impl IntoIterator<Item = (N, &'p mut Box<dyn Projection>)>,
+    f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>,
+) -> Result<()> {
+    let mut linears = linears.into_iter();
+    linears.try_for_each(|(name, linear)| visit_below(&format!("{at}.{name}"), linear.parameters(), f))
+}
+
 /// Whether a linear layer of this path is in one of a decoder's layers: the head is not.
 pub fn in_a_layer(path: &str) -> bool {
     path.contains(".layers.")

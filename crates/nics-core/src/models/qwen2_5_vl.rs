@@ -9,7 +9,8 @@ use tch::Tensor;
 
 use super::multimodal::{Positions, Vision, Vlm};
 use super::qwen_vit::{
-    EPS, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, rope_of, visit_merger,
+    Block, EPS, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, rope_of,
+    visit_parameters, visit_projections,
 };
 use super::qwen2_vl::{NAMES, parts};
 use super::vit::linear;
@@ -46,21 +47,12 @@ impl Config {
     /// A field that is missing or senseless.
     pub fn parse(json: &Map<String, Value>) -> Result<Self> {
         let (text, [image_token, video_token], raw) = parts(json)?;
-        let vision = VisionConfig {
-            depth: raw.depth.unwrap_or(32),
-            hidden: raw.hidden_size.unwrap_or(1280),
-            intermediate: raw.intermediate_size.unwrap_or(3420),
-            out: raw.out_hidden_size.unwrap_or(3584),
-            heads: raw.num_heads.unwrap_or(16),
-            patch: raw.patch_size.unwrap_or(14),
-            temporal: raw.temporal_patch_size.unwrap_or(2),
-            merge: raw.spatial_merge_size.unwrap_or(2),
-            activation: Activation::parse(
-                "vision_config.hidden_act",
-                raw.hidden_act.as_deref().unwrap_or("silu"),
-            )?,
-        };
-        let vision = vision.checked(&text)?;
+        let widths = [
+            raw.hidden_size.unwrap_or(1280),
+            raw.intermediate_size.unwrap_or(3420),
+            raw.out_hidden_size.unwrap_or(3584),
+        ];
+        let vision = raw.config(widths, "silu")?.checked(&text)?;
         let size = raw.window_size.unwrap_or(112);
         let window = size / vision.merge / vision.patch;
         if window < 1 {
@@ -184,29 +176,11 @@ impl Vision for Qwen25VlVision {
     }
 
     fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()> {
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            for (name, projection) in block.projections() {
-                f(&format!("visual.blocks.{l}.{name}"), projection)?;
-            }
-        }
-        for (name, projection) in self.merger.projections() {
-            f(&format!("visual.merger.{name}"), projection)?;
-        }
-        Ok(())
+        visit_projections(&mut self.blocks, &mut self.merger, f)
     }
 
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
-        f("visual.patch_embed.proj.weight", &mut self.patch_embed.proj)?;
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            f(&format!("visual.blocks.{l}.norm1.weight"), &mut block.norm1.weight)?;
-            f(&format!("visual.blocks.{l}.norm2.weight"), &mut block.norm2.weight)?;
-            for (name, projection) in block.projections() {
-                for (parameter, tensor) in projection.parameters() {
-                    f(&format!("visual.blocks.{l}.{name}.{parameter}"), tensor)?;
-                }
-            }
-        }
-        visit_merger(&mut self.merger, f)
+        visit_parameters(&mut self.patch_embed, &mut self.blocks, &mut self.merger, f)
     }
 }
 
@@ -218,9 +192,15 @@ impl VisionBlock {
         };
         self.down_proj.forward(&activation.forward(gate)?.f_mul(up)?)
     }
+}
 
-    fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 5] {
-        [
+impl Block for VisionBlock {
+    fn norms(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        vec![("norm1.weight", &mut self.norm1.weight), ("norm2.weight", &mut self.norm2.weight)]
+    }
+
+    fn projections(&mut self) -> Vec<(&'static str, &mut Box<dyn Projection>)> {
+        vec![
             ("attn.qkv", &mut self.attn.qkv),
             ("attn.proj", &mut self.attn.proj),
             ("mlp.gate_proj", &mut self.gate_proj),

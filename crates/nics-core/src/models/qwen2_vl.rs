@@ -10,7 +10,8 @@ use tch::Tensor;
 
 use super::multimodal::{Positions, Vision, Vlm, text_config};
 use super::qwen_vit::{
-    EPS, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, rope_of, visit_merger,
+    Block, EPS, PatchEmbed, PatchMerger, VisionAttention, VisionConfig, because, grid_of, rope_of,
+    visit_parameters, visit_projections,
 };
 use super::vit::linear;
 use super::{Decoder, DecoderConfig, ProjectionVisitor};
@@ -51,6 +52,24 @@ pub(super) struct RawVision {
     pub window_size: Option<i64>,
     pub fullatt_block_indexes: Option<Vec<usize>>,
     pub tokens_per_second: Option<f64>,
+}
+
+impl RawVision {
+    /// What both generations read alike, around the widths of the residual stream, the MLP and the language model.
+    pub(super) fn config(&self, [hidden, intermediate, out]: [i64; 3], act: &str) -> Result<VisionConfig> {
+        let act = self.hidden_act.as_deref().unwrap_or(act);
+        Ok(VisionConfig {
+            depth: self.depth.unwrap_or(32),
+            hidden,
+            intermediate,
+            out,
+            heads: self.num_heads.unwrap_or(16),
+            patch: self.patch_size.unwrap_or(14),
+            temporal: self.temporal_patch_size.unwrap_or(2),
+            merge: self.spatial_merge_size.unwrap_or(2),
+            activation: Activation::parse("vision_config.hidden_act", act)?,
+        })
+    }
 }
 
 /// What Qwen2-VL is built from.
@@ -96,22 +115,10 @@ impl Config {
     pub fn parse(json: &Map<String, Value>) -> Result<Self> {
         let (text, [image_token, video_token], raw) = parts(json)?;
         let hidden = raw.embed_dim.unwrap_or(1280);
-        let vision = VisionConfig {
-            depth: raw.depth.unwrap_or(32),
-            hidden,
-            intermediate: (hidden as f64 * raw.mlp_ratio.unwrap_or(4.0)) as i64,
-            // Here `hidden_size` is what the merger gives out.
-            out: raw.hidden_size.unwrap_or(3584),
-            heads: raw.num_heads.unwrap_or(16),
-            patch: raw.patch_size.unwrap_or(14),
-            temporal: raw.temporal_patch_size.unwrap_or(2),
-            merge: raw.spatial_merge_size.unwrap_or(2),
-            activation: Activation::parse(
-                "vision_config.hidden_act",
-                raw.hidden_act.as_deref().unwrap_or("quick_gelu"),
-            )?,
-        };
-        let vision = vision.checked(&text)?;
+        let intermediate = (hidden as f64 * raw.mlp_ratio.unwrap_or(4.0)) as i64;
+        // Here `hidden_size` is what the merger gives out.
+        let out = raw.hidden_size.unwrap_or(3584);
+        let vision = raw.config([hidden, intermediate, out], "quick_gelu")?.checked(&text)?;
         Ok(Self { text, vision, image_token, video_token })
     }
 }
@@ -183,38 +190,27 @@ impl Vision for Qwen2VlVision {
     }
 
     fn visit_projections(&mut self, f: &mut ProjectionVisitor) -> Result<()> {
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            for (name, projection) in block.projections() {
-                f(&format!("visual.blocks.{l}.{name}"), projection)?;
-            }
-        }
-        for (name, projection) in self.merger.projections() {
-            f(&format!("visual.merger.{name}"), projection)?;
-        }
-        Ok(())
+        visit_projections(&mut self.blocks, &mut self.merger, f)
     }
 
     fn visit_parameters(&mut self, f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>) -> Result<()> {
-        f("visual.patch_embed.proj.weight", &mut self.patch_embed.proj)?;
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            for (norm, name) in [(&mut block.norm1, "norm1"), (&mut block.norm2, "norm2")] {
-                for (parameter, tensor) in norm.parameters() {
-                    f(&format!("visual.blocks.{l}.{name}.{parameter}"), tensor)?;
-                }
-            }
-            for (name, projection) in block.projections() {
-                for (parameter, tensor) in projection.parameters() {
-                    f(&format!("visual.blocks.{l}.{name}.{parameter}"), tensor)?;
-                }
-            }
-        }
-        visit_merger(&mut self.merger, f)
+        visit_parameters(&mut self.patch_embed, &mut self.blocks, &mut self.merger, f)
     }
 }
 
-impl VisionBlock {
-    fn projections(&mut self) -> [(&'static str, &mut Box<dyn Projection>); 4] {
-        [
+impl Block for VisionBlock {
+    fn norms(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        let (norm1, norm2) = (&mut self.norm1, &mut self.norm2);
+        vec![
+            ("norm1.weight", &mut norm1.weight),
+            ("norm1.bias", &mut norm1.bias),
+            ("norm2.weight", &mut norm2.weight),
+            ("norm2.bias", &mut norm2.bias),
+        ]
+    }
+
+    fn projections(&mut self) -> Vec<(&'static str, &mut Box<dyn Projection>)> {
+        vec![
             ("attn.qkv", &mut self.attn.qkv),
             ("attn.proj", &mut self.attn.proj),
             ("mlp.fc1", &mut self.fc1),

@@ -4,8 +4,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::DecoderConfig;
 use super::vit::{MAX_LAYERS, MAX_SIZE, linear, sdpa};
+use super::{DecoderConfig, ProjectionVisitor, visit_below, visit_linears};
 use crate::Result;
 use crate::checkpoint::TensorPath;
 use crate::nn::{Activation, Norm, Rope};
@@ -234,18 +234,45 @@ pub(super) fn because(c: &VisionConfig) -> String {
     )
 }
 
-/// Hands the merger's parameters to `f`.
-pub(super) fn visit_merger(
+/// A block, as visitors see it.
+pub(super) trait Block {
+    /// The parameters of its norms, by their names below the block.
+    fn norms(&mut self) -> Vec<(&'static str, &mut Tensor)>;
+
+    /// Its linear layers, by their names below the block.
+    fn projections(&mut self) -> Vec<(&'static str, &mut Box<dyn Projection>)>;
+}
+
+/// Hands every linear layer of a tower to `f`.
+pub(super) fn visit_projections(
+    blocks: &mut [impl Block],
+    merger: &mut PatchMerger,
+    f: &mut ProjectionVisitor,
+) -> Result<()> {
+    for (l, block) in blocks.iter_mut().enumerate() {
+        for (name, projection) in block.projections() {
+            f(&format!("visual.blocks.{l}.{name}"), projection)?;
+        }
+    }
+    for (name, projection) in merger.projections() {
+        f(&format!("visual.merger.{name}"), projection)?;
+    }
+    Ok(())
+}
+
+/// Hands every parameter of a tower to `f`.
+pub(super) fn visit_parameters(
+    patch_embed: &mut PatchEmbed,
+    blocks: &mut [impl Block],
     merger: &mut PatchMerger,
     f: &mut dyn FnMut(&str, &mut Tensor) -> Result<()>,
 ) -> Result<()> {
-    for (parameter, tensor) in merger.ln_q.parameters() {
-        f(&format!("visual.merger.ln_q.{parameter}"), tensor)?;
+    f("visual.patch_embed.proj.weight", &mut patch_embed.proj)?;
+    for (l, block) in blocks.iter_mut().enumerate() {
+        let at = format!("visual.blocks.{l}");
+        visit_below(&at, block.norms(), f)?;
+        visit_linears(&at, block.projections(), f)?;
     }
-    for (name, projection) in merger.projections() {
-        for (parameter, tensor) in projection.parameters() {
-            f(&format!("visual.merger.{name}.{parameter}"), tensor)?;
-        }
-    }
-    Ok(())
+    visit_below("visual.merger.ln_q", merger.ln_q.parameters(), f)?;
+    visit_linears("visual.merger", merger.projections(), f)
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::ProjectionVisitor;
+use super::{ProjectionVisitor, visit_below, visit_linears};
 use crate::checkpoint::TensorPath;
 use crate::nn::{Activation, LayerNorm, projection};
 use crate::seam::Projection;
@@ -67,6 +67,35 @@ pub(super) const MAX_LAYERS: usize = 1 << 10;
 /// Wider than anything that is looked at.
 pub(super) const MAX_SIZE: i64 = 1 << 20;
 
+/// Refuses sizes of a tower over square pictures that make no sense: width of the residual stream and of the MLP, heads, edges
+/// of a picture and of a patch.
+pub(super) fn check_sizes(sizes: [i64; 5], layers: usize) -> Result<()> {
+    const FIELDS: [&str; 5] = [
+        "vision_config.hidden_size",
+        "vision_config.intermediate_size",
+        "vision_config.num_attention_heads",
+        "vision_config.image_size",
+        "vision_config.patch_size",
+    ];
+    if let Some((field, found)) = FIELDS.into_iter().zip(sizes).find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
+        return Err(senseless(field, format!("is {found}, expected a positive number")));
+    }
+    if !(1..=MAX_LAYERS).contains(&layers) {
+        let reason = format!("is {layers}, expected 1 to {MAX_LAYERS}");
+        return Err(senseless("vision_config.num_hidden_layers", reason));
+    }
+    let [hidden, _, heads, image, patch] = sizes;
+    if hidden % heads != 0 {
+        let reason = format!("is {heads}, not a divisor of hidden_size {hidden}");
+        return Err(senseless("vision_config.num_attention_heads", reason));
+    }
+    if patch > image {
+        let reason = format!("is {patch}, more than image_size {image}");
+        return Err(senseless("vision_config.patch_size", reason));
+    }
+    Ok(())
+}
+
 impl TowerConfig {
     /// Reads a `vision_config`, whose absent fields are those of `base`.
     pub(super) fn parse(json: &Map<String, Value>, base: &Self) -> Result<Self> {
@@ -86,28 +115,8 @@ impl TowerConfig {
             },
             family: base.family,
         };
-        let sizes = [
-            ("vision_config.hidden_size", config.hidden),
-            ("vision_config.intermediate_size", config.intermediate),
-            ("vision_config.num_attention_heads", config.heads),
-            ("vision_config.image_size", config.image_size),
-            ("vision_config.patch_size", config.patch_size),
-        ];
-        if let Some((field, found)) = sizes.into_iter().find(|(_, n)| !(1..=MAX_SIZE).contains(n)) {
-            return Err(senseless(field, format!("is {found}, expected a positive number")));
-        }
-        if !(1..=MAX_LAYERS).contains(&config.layers) {
-            let reason = format!("is {}, expected 1 to {MAX_LAYERS}", config.layers);
-            return Err(senseless("vision_config.num_hidden_layers", reason));
-        }
-        if config.hidden % config.heads != 0 {
-            let reason = format!("is {}, not a divisor of hidden_size {}", config.heads, config.hidden);
-            return Err(senseless("vision_config.num_attention_heads", reason));
-        }
-        if config.patch_size > config.image_size {
-            let reason = format!("is {}, more than image_size {}", config.patch_size, config.image_size);
-            return Err(senseless("vision_config.patch_size", reason));
-        }
+        let Self { hidden, intermediate, layers, heads, image_size, patch_size, .. } = config;
+        check_sizes([hidden, intermediate, heads, image_size, patch_size], layers)?;
         if raw.num_channels.is_some_and(|n| n != 3) {
             return Err(senseless("vision_config.num_channels", "is not 3: images are RGB"));
         }
@@ -185,6 +194,24 @@ impl Attention {
         let out = sdpa(&split(q)?, &split(k)?, &split(v)?)?;
         self.out_proj.forward(&out.f_transpose(1, 2)?.f_reshape([b, t, hidden])?)
     }
+}
+
+/// Patches of square pictures to the tower's width: `[pictures, 3, image, image]` to `[pictures, patches, hidden]`, by
+/// `weight`, `[hidden, 3, patch, patch]`. `edges` are those of a picture and of a patch, in pixels.
+pub(super) fn embed_patches(
+    pixels: &Tensor,
+    [image, patch]: [i64; 2],
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let shape = pixels.size();
+    if shape.len() != 4 || shape[1..] != [3, image, image] {
+        let expected = format!("[pictures, 3, {image}, {image}]");
+        return Err(VisionError::Shape { what: "the tower's input", found: shape, expected }.into());
+    }
+    let pixels = pixels.f_to_device(weight.device())?.f_to_kind(weight.kind())?;
+    let x = pixels.f_conv2d(weight, bias, [patch; 2], [0, 0], [1, 1], 1)?;
+    Ok(x.f_flatten(2, 3)?.f_transpose(1, 2)?) // [b, hidden, h, w] -> [b, h * w, hidden]
 }
 
 /// Attention over everything, `[.., heads, tokens, d]`.
@@ -327,19 +354,10 @@ impl Tower {
     /// [`VisionError::Shape`] for pixels of another shape.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let c = &self.config;
-        let shape = pixels.size();
-        if shape.len() != 4 || shape[1..] != [3, c.image_size, c.image_size] {
-            let expected = format!("[pictures, 3, {0}, {0}]", c.image_size);
-            return Err(VisionError::Shape { what: "the tower's input", found: shape, expected }.into());
-        }
-        let pixels =
-            pixels.f_to_device(self.patch_embedding.device())?.f_to_kind(self.patch_embedding.kind())?;
-        let stride = [c.patch_size; 2];
-        let bias = self.patch_bias.as_ref();
-        let x = pixels.f_conv2d(&self.patch_embedding, bias, stride, [0, 0], [1, 1], 1)?;
-        let mut x = x.f_flatten(2, 3)?.f_transpose(1, 2)?; // [b, hidden, h, w] -> [b, h * w, hidden]
+        let edges = [c.image_size, c.patch_size];
+        let mut x = embed_patches(pixels, edges, &self.patch_embedding, self.patch_bias.as_ref())?;
         if let Some(class) = &self.class_embedding {
-            let class = class.f_view([1, 1, c.hidden])?.f_expand([shape[0], 1, c.hidden], false)?;
+            let class = class.f_view([1, 1, c.hidden])?.f_expand([x.size3()?.0, 1, c.hidden], false)?;
             x = Tensor::f_cat(&[&class, &x], 1)?;
         }
         x = x.f_add(&self.position_embedding)?;
@@ -393,15 +411,9 @@ impl Tower {
             for (norm, name) in
                 [(&mut layer.layer_norm1, "layer_norm1"), (&mut layer.layer_norm2, "layer_norm2")]
             {
-                for (parameter, tensor) in norm.parameters() {
-                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
-                }
+                visit_below(&format!("{at}.{name}"), norm.parameters(), f)?;
             }
-            for (name, projection) in layer.projections() {
-                for (parameter, tensor) in projection.parameters() {
-                    f(&format!("{at}.{name}.{parameter}"), tensor)?;
-                }
-            }
+            visit_linears(&at, layer.projections(), f)?;
         }
         Ok(())
     }
