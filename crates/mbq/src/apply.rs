@@ -1,5 +1,6 @@
 //! Scales and rounding put into a model.
 
+use nics_core::memory::trim;
 use nics_core::models::{Decoder, Model};
 use serde::Serialize;
 
@@ -65,6 +66,7 @@ pub fn fold_scales(decoder: &mut Decoder, names: &Names, scales: &[Vec<OpScale>]
             fold(&mut weights, op, &scale.scales)?;
         }
         weights.parts(kind)?.swap(layer)?;
+        trim();
     }
     Ok(())
 }
@@ -96,6 +98,7 @@ pub fn round(decoder: &mut Decoder, names: &Names, spec: &QuantSpec) -> Result<R
         put_codes(&mut weights, &all)?;
         codes.push(all);
         weights.parts(kind)?.swap(layer)?;
+        trim();
     }
     Ok(Rounded { summary: summary(decoder, spec)?, codes })
 }

@@ -86,6 +86,7 @@ pub(super) fn weights_hash(files: &WeightFiles) -> Result<String, CheckpointErro
         let head = format!("{}\0{}\0{:?}\0", entry.name, entry.dtype, entry.shape);
         hasher.update(head.as_bytes());
         hasher.update(files.bytes(&entry.name)?.unwrap_or_default());
+        files.release(&entry.name);
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
