@@ -1,4 +1,7 @@
-//! Pickles and zip archives, byte by byte, so that they can be wrong in any way.
+//! Pickles and zip archives, byte by byte, so that they can be wrong in any way, and what every reader of them owes.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A pickle being written.
 pub struct Pickle(Vec<u8>);
@@ -164,4 +167,26 @@ fn crc32(bytes: &[u8]) -> u32 {
         }
     }
     !crc
+}
+
+/// Opens what was built as a file `name`; a refusal has to come soon and without memory for what was promised.
+pub fn opened<T>(name: &str, bytes: &[u8], open: impl FnOnce(&Path) -> T) -> T {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    let (from, before) = (Instant::now(), nics_core::memory::resident());
+    let result = open(&path);
+    // Liveness, not speed: a bomb would take hours.
+    assert!(from.elapsed() < Duration::from_secs(20));
+    if let (Some(before), Some(after)) = (before, nics_core::memory::resident()) {
+        assert!(after < before + (256 << 20), "{before} bytes became {after}");
+    }
+    result
+}
+
+/// A refusal's text has every one of these words.
+pub fn has_words(what: &str, text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{what}: {text:?} lacks {word:?}");
+    }
 }

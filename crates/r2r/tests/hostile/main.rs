@@ -6,9 +6,8 @@
 mod build;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use build::{Entry, Named, Pickle, checkpoint};
+use build::{Entry, Named, Pickle, checkpoint, has_words, opened};
 use r2r::Error;
 use r2r::checkpoint::{Official, Refusal};
 
@@ -28,19 +27,8 @@ fn sound() -> Vec<u8> {
     checkpoint(&router_of("LogitsClassifier", 0.5, &[bias]).end(), &[Entry::stored("data/0", &values)])
 }
 
-/// Opens what was built; a refusal has to come soon and without memory for what was promised.
 fn open(bytes: &[u8]) -> Result<Official, Error> {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("router.pt");
-    std::fs::write(&path, bytes).unwrap();
-    let (from, before) = (Instant::now(), nics_core::memory::resident());
-    let result = Official::open(&path);
-    // Liveness, not speed: a bomb would take hours.
-    assert!(from.elapsed() < Duration::from_secs(20));
-    if let (Some(before), Some(after)) = (before, nics_core::memory::resident()) {
-        assert!(after < before + (256 << 20), "{before} bytes became {after}");
-    }
-    result
+    opened("router.pt", bytes, Official::open)
 }
 
 fn refusal(bytes: &[u8]) -> Refusal {
@@ -56,10 +44,7 @@ fn refusal(bytes: &[u8]) -> Refusal {
 
 /// The refusal's text has every one of these words.
 fn refused(what: &str, bytes: &[u8], words: &[&str]) {
-    let text = refusal(bytes).to_string();
-    for word in words {
-        assert!(text.contains(word), "{what}: {text:?} lacks {word:?}");
-    }
+    has_words(what, &refusal(bytes).to_string(), words);
 }
 
 #[test]
