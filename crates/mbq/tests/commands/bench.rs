@@ -5,16 +5,20 @@ use serde_json::{Value, json};
 use super::kit::run;
 use crate::args;
 
-#[test]
-fn every_way_is_measured_and_packed_ones_are_smaller() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = json!({
+/// The config.json of a small decoder.
+fn config() -> Value {
+    json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512, "vocab_size": 300,
         "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "max_position_embeddings": 512,
         "hidden_act": "silu", "torch_dtype": "bfloat16",
-    });
-    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    })
+}
+
+#[test]
+fn every_way_is_measured_and_packed_ones_are_smaller() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
     let rows = dir.path().join("rows.jsonl");
     let said = run(args![
         "bench",
@@ -71,13 +75,8 @@ fn every_way_is_measured_and_packed_ones_are_smaller() {
 #[test]
 fn the_shape_of_a_quantized_checkpoint_is_that_of_its_model() {
     let dir = tempfile::tempdir().unwrap();
-    let config = json!({
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 96,
-        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "max_position_embeddings": 512,
-        "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
-    });
+    let mut config = config();
+    config["quantization_config"] = json!({"quant_method": "awq", "bits": 4, "group_size": 128});
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let flags = ["--weights", "bf16,w4row", "--context", "3", "--tokens", "1", "--rounds", "1", "--json"];
     let said = run(args!["bench", "--shape", dir.path()].into_iter().chain(flags.map(Into::into))).ok();
